@@ -1,0 +1,219 @@
+"""Every setting, once: its name, default, bounds and help. The CLI, `--config` files and `LLM(...)` all
+read these dataclasses. Nothing here is changed after it is built; resolving is pure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from semipd.core.errors import ConfigError
+
+POLICIES = ("semi-pd", "prefill-first", "chunked")
+DTYPES = ("auto", "bfloat16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
+_TIME = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|m|h|)\s*$", re.IGNORECASE)
+_SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_size(text: str | int) -> int:
+    """A count or a number of bytes: 4096, "32K" (1,024s: K and Ki are the same), "2GiB".
+
+    Raises ConfigError."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = _SIZE.match(str(text))
+    if not match:
+        raise ConfigError(f"{text!r} is not a size; write 4096, 32K or 2GiB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * 1024**power)
+
+
+def parse_seconds(text: str | float) -> float:
+    """A time in seconds: 0.3, "300ms", "2m". A bare number is seconds. Raises ConfigError."""
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        return float(text)
+    match = _TIME.match(str(text))
+    if not match:
+        raise ConfigError(f"{text!r} is not a time; write 0.3, 300ms or 2m")
+    return float(match[1]) * _SECONDS[match[2].lower()]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a field's value may be, and what to tell the user about it."""
+
+    help: str
+    kind: str = "text"  # text, size, integer, seconds, choice, flag
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    metavar: str = ""
+
+
+def _setting(default: Any, help: str, kind: str = "text", **rest: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(help, kind, **rest)})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    model: str | None = _setting(None, "local folder or hub id; without it, the model in the box")
+    dtype: str = _setting("auto", "arithmetic and KV cache", "choice", choices=DTYPES)
+    load_format: str = _setting(
+        "auto", "dummy: random weights in the model's shape", "choice", choices=LOAD_FORMATS
+    )
+    max_model_len: int | None = _setting(
+        None,
+        "most tokens of one sequence (default: the model's own limit)",
+        "size",
+        low=2,
+        high=2**24,
+    )
+    seed: int = _setting(
+        0, "of dummy weights and of requests without a seed", "integer", low=0, high=2**63 - 1
+    )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """KV cache"""
+
+    kv_memory: int | None = _setting(
+        None,
+        "bytes for the KV pool, such as 2GiB (default: a tenth of the memory, 2GiB at most)",
+        "size",
+        low=1,
+        high=2**50,
+    )
+    kv_blocks: int | None = _setting(
+        None, "blocks in the KV pool, instead of --kv-memory", "size", low=1, high=2**31 - 1
+    )
+    block_size: int = _setting(16, "tokens per KV block", "integer", low=1, high=1024)
+    prefix_cache: bool = _setting(True, "reuse the KV blocks of known prefixes", "flag")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Scheduling"""
+
+    policy: str = _setting("semi-pd", "what runs when", "choice", choices=POLICIES)
+    split: str | None = _setting(
+        None, "semi-pd only: static:P,D units for prefill and decode, or shared", metavar="SPLIT"
+    )
+    chunk_tokens: int | None = _setting(
+        None, "chunked only: token budget of a mixed batch (default 256)", "size", low=1, high=2**20
+    )
+    max_num_seqs: int = _setting(
+        64, "sequences that may hold KV blocks at once", "integer", low=1, high=4096
+    )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Server"""
+
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8000, "port to listen on (0: any free one)", "integer", low=0, high=65535)
+    served_model_name: str | None = _setting(None, "name in the API (default: the folder's name)")
+    api_key: str | None = _setting(None, "clients must send it as a bearer token")
+    log_level: str = _setting("info", "least severe message to log", "choice", choices=LOG_LEVELS)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of an engine and its server, by composition."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    policy: PolicyConfig = PolicyConfig()
+    server: ServerConfig = ServerConfig()
+
+    def __post_init__(self) -> None:
+        policy = self.policy
+        if policy.split is not None and policy.policy != "semi-pd":
+            raise ConfigError(f"--split belongs to the policy semi-pd, not to {policy.policy}")
+        if policy.chunk_tokens is not None and policy.policy != "chunked":
+            raise ConfigError(f"--chunk-tokens belongs to the policy chunked, not to {policy.policy}")
+        if self.cache.kv_memory is not None and self.cache.kv_blocks is not None:
+            raise ConfigError("give --kv-memory or --kv-blocks, not both")
+
+
+def sections() -> dict[str, type]:
+    """The parts of `Config`, by field name."""
+    return {part.name: type(part.default) for part in dataclasses.fields(Config)}
+
+
+def settings() -> dict[str, tuple[str, Setting, Any]]:
+    """Every setting by name: (section, what it may be, default)."""
+    return {
+        entry.name: (section, entry.metadata["setting"], entry.default)
+        for section, kind in sections().items()
+        for entry in dataclasses.fields(kind)
+    }
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+    """Build a Config from flat names ("max-num-seqs" or "max_num_seqs"). None means the default.
+
+    Raises ConfigError for an unknown name (suggesting the nearest) or a value out of bounds."""
+    known = settings()
+    parts: dict[str, dict[str, Any]] = {section: {} for section in sections()}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
+            raise ConfigError(f"unknown setting {str(key)!r}{hint}")
+        section, setting, _ = known[name]
+        if value is not None:
+            parts[section][name] = check(name, value, setting)
+    return Config(**{section: kind(**parts[section]) for section, kind in sections().items()})
+
+
+def check(name: str, value: Any, setting: Setting) -> Any:
+    """Convert and bound one value. Raises ConfigError naming the flag."""
+    flag = "--" + name.replace("_", "-")
+    try:
+        converted = _convert(value, setting)
+    except (ConfigError, ValueError, TypeError) as error:
+        raise ConfigError(f"{flag}: {error}") from None
+    is_number = isinstance(converted, (int, float)) and not isinstance(converted, bool)
+    if is_number and not setting.low <= converted <= setting.high:
+        raise ConfigError(f"{flag}: {converted} is not between {setting.low:g} and {setting.high:g}")
+    return converted
+
+
+def _convert(value: Any, setting: Setting) -> Any:
+    match setting.kind:
+        case "size":
+            return parse_size(value)
+        case "seconds":
+            return parse_seconds(value)
+        case "integer":
+            if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+                raise ConfigError(f"{value!r} is not a whole number")
+            return int(value)
+        case "flag":
+            if isinstance(value, bool):
+                return value
+            if str(value).lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+                return str(value).lower() in ("true", "yes", "on", "1")
+            raise ConfigError(f"{value!r} is not true or false")
+        case "choice":
+            if value not in setting.choices:
+                raise ConfigError(f"{value!r} is not one of {', '.join(setting.choices)}")
+            return value
+        case _:
+            if not isinstance(value, str):
+                raise ConfigError(f"{value!r} is not text")
+            return value

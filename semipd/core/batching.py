@@ -1,0 +1,86 @@
+"""The steps that every policy is made of: which decodes go on, which prompts come next, who gives way."""
+
+from __future__ import annotations
+
+from semipd.core.admission import Admission
+from semipd.core.live import Live
+from semipd.core.ports import KVManager
+from semipd.core.types import Lane, Request, Slice
+
+
+def decode_slices(live: Live, kv: KVManager, limit: int) -> list[Slice]:
+    """One position of every decoding request, oldest first, at most `limit`; blocks reserved.
+
+    When the pool is short, first the lane drains (an empty list is returned while a step is in flight),
+    so that nobody is pinned by a step planned ahead; then the youngest holders are preempted.
+    """
+    slices: list[Slice] = []
+    block_size = kv.block_size
+    for request in list(live.decoding):
+        if len(slices) >= limit:
+            break
+        position = request.planned
+        if position >= len(request.prompt) + request.max_tokens - 1 or request.slot < 0:
+            continue  # its last step is in flight, or it was preempted for an older one just now
+        if position >= len(request.blocks) * block_size and not kv.reserve(request, position + 1):
+            if live.busy(Lane.DECODE):
+                return []
+            if not _make_room(live, kv, request, position + 1):
+                continue
+        slices.append(Slice(request.slot, position, 1))
+    if live.preempted:
+        slices = [piece for piece in slices if piece.slot in live.by_slot]
+    return slices
+
+
+def prefill_slices(
+    live: Live, kv: KVManager, lane: Lane, tokens: int, admission: Admission, longest: int = 0
+) -> list[Slice]:
+    """Prompt positions worth at most `tokens`: started prompts first, then waiting ones in order.
+
+    A prompt is admitted only with blocks for all of it, so a started prompt can always go on.
+    longest: at most this many tokens of one prompt (0: no limit).
+    """
+    slices: list[Slice] = []
+    piece = longest or tokens
+    for request in live.prefilling:
+        if tokens <= 0:
+            return slices
+        if request.in_flight and request.lane is not lane:
+            continue
+        tokens -= _add_prefill(slices, request, min(tokens, piece))
+    while tokens > 0 and live.waiting and live.has_free_slot:
+        request = live.waiting[0]
+        if not admission.may_enter(request, live, kv) or not kv.reserve(request, request.known):
+            break
+        live.admit(request)
+        tokens -= _add_prefill(slices, request, min(tokens, piece))
+    return slices
+
+
+def _add_prefill(slices: list[Slice], request: Request, tokens: int) -> int:
+    remaining = request.known - request.planned
+    count = min(remaining, tokens)
+    if count > 0:
+        slices.append(Slice(request.slot, request.planned, count, count == remaining))
+    return count
+
+
+def _make_room(live: Live, kv: KVManager, request: Request, upto: int) -> bool:
+    """Preempt the youngest holders that nothing pins until `request` fits; False if it must wait, either
+    because only pinned requests are left or because it was itself the youngest."""
+    while not kv.reserve(request, upto):
+        victims = [holder for holder in live.holders() if not holder.in_flight]
+        victim = max(victims, key=_age_order)
+        if victim is request and live.in_flight:
+            return False  # others run and will give blocks back; recomputing this one would only cost
+        if len(live.prefilling) + len(live.decoding) == 1:
+            raise AssertionError(f"request {request.id} does not fit the pool alone")
+        live.preempt(victim, kv)
+        if victim is request:
+            return False
+    return True
+
+
+def _age_order(request: Request) -> tuple[float, str]:
+    return (request.arrival, request.id)

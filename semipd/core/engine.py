@@ -1,0 +1,286 @@
+"""The loop: wait for results, apply them, admit, plan, submit.
+
+A request's way:
+
+    add ─> WAITING ──admit──> PREFILL ──first token──> DECODE ──stop──> FINISHED
+              ^                  │                        │                ^
+              └──────preempt─────┴────────────────────────┘    abort/error ┘
+
+The planner thread alone runs this file. What is in flight is pinned: a request that ends while a step of
+its runs keeps slot and blocks until `_apply` has seen its last step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+from semipd.core.errors import Refused
+from semipd.core.keys import next_key
+from semipd.core.live import Flight, Live
+from semipd.core.ports import Clock, Executor, ExecutorLost, KVManager, Observer, Policy
+from semipd.core.types import (
+    Batch,
+    BlockAppend,
+    Event,
+    Finished,
+    FinishReason,
+    Lane,
+    Launched,
+    Preempted,
+    Request,
+    Slice,
+    Split,
+    Stage,
+    Stepped,
+    StepResult,
+    Switched,
+    Tokens,
+    Work,
+)
+
+
+class Engine:
+    """Owns requests and KV blocks. `add` and `abort` may be called from any thread, the rest from one.
+
+    kv: the manager of each lane; the same object for both when storage is unified.
+    max_length: most tokens of one sequence, prompt and output together.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: Policy,
+        kv: Mapping[Lane, KVManager],
+        clock: Clock,
+        *,
+        max_sequences: int,
+        max_length: int,
+        observers: Iterable[Observer] = (),
+    ) -> None:
+        self.executor = executor
+        self.kv = kv
+        self.live = Live(max_sequences, executor.device.lanes)
+        self.max_length = max_length
+        self.dead: str | None = None
+        self._policy = policy
+        self._clock = clock
+        self._observers = tuple(observers)
+        self._block_size = kv[Lane.DECODE].block_size
+        self._inbox: deque[Request | str] = deque()
+        self._by_id: dict[str, Request] = {}
+        self._steps = itertools.count(1)
+        self._split: Split | None = None
+
+    # -- from any thread ---------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raise `Refused` if the request could never be served."""
+        prompt, output = len(request.prompt), request.max_tokens
+        if prompt < 1:
+            raise Refused("the prompt is empty", "prompt")
+        if output < 1:
+            raise Refused(f"max_tokens must be at least 1, not {output}", "max_tokens")
+        if prompt + output > self.max_length:
+            raise Refused(
+                f"prompt ({prompt} tokens) and max_tokens ({output}) exceed the model's limit of "
+                f"{self.max_length} tokens",
+                "prompt" if prompt >= self.max_length else "max_tokens",
+            )
+        for manager in self.kv.values():
+            capacity = manager.total * manager.block_size
+            if prompt + output > capacity:
+                raise Refused(
+                    f"{prompt + output} tokens do not fit the KV pool of {capacity}", "max_tokens"
+                )
+
+    def add(self, request: Request) -> None:
+        """Hand a request to the planner. Raises `Refused` at once when it can never be served."""
+        self.check(request)
+        self._inbox.append(request)
+        self.executor.wake()
+
+    def abort(self, request_id: str) -> None:
+        """End the request with reason ABORT. Unknown or finished ids are ignored: an abort may lose a
+        race with the last token."""
+        self._inbox.append(request_id)
+        self.executor.wake()
+
+    # -- on the planner thread ---------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do: no request anywhere, no step in flight."""
+        return not self._by_id and not self._inbox and not self.live.in_flight
+
+    def step(self, until: float | None = None) -> None:
+        """One turn of the loop. Blocks until something happens or the clock reads `until`. When the
+        executor is lost, every live request ends with an error and `dead` says why."""
+        if self.dead is not None:
+            self._receive()
+            return
+        try:
+            self._receive()
+            self._launch()
+            for result in self.executor.wait(until):
+                self._apply(result)
+        except ExecutorLost as lost:
+            self._die(str(lost))
+
+    def check_idle(self) -> None:
+        """Assert that nothing leaked, once `idle`."""
+        assert not len(self.live) and not self.live.by_slot, "a request or slot was lost"
+        for manager in self.kv.values():
+            assert manager.available == manager.total, "a block was lost"
+
+    def _receive(self) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Request):
+                self._by_id[message.id] = message
+                self.live.waiting.append(message)
+                if self.dead is not None:
+                    self._finish(message, FinishReason.ERROR, self.dead)
+            elif (request := self._by_id.get(message)) is not None:
+                self._finish(request, FinishReason.ABORT)
+
+    def _launch(self) -> None:
+        """Ask the policy until it has nothing more to launch."""
+        live, depth = self.live, self.executor.device.depth
+        while len(live):
+            idle = frozenset(lane for lane, steps in live.flights.items() if len(steps) < depth)
+            if not idle:
+                return
+            plan = self._policy.plan(idle, live, self.kv, self._clock.now())
+            self._tell_preemptions()
+            if plan.split != self._split:
+                self._split = plan.split
+                self.executor.resize(plan.split)
+                self._emit(Switched(self._clock.now(), plan.split))
+            launched = False
+            for lane, slices in plan.slices.items():
+                if slices:
+                    self._submit(lane, slices, plan.split)
+                    launched = True
+            if not launched:
+                if not live.in_flight:
+                    raise AssertionError("requests are live, nothing runs, and the policy launches nothing")
+                return
+
+    def _submit(self, lane: Lane, slices: Sequence[Slice], split: Split) -> None:
+        live, executor, now = self.live, self.executor, self._clock.now()
+        while live.closed_slots:
+            executor.close_slot(live.closed_slots.pop(0))
+        requests = []
+        appends = []
+        for slot, start, count, _ in slices:
+            request = live.by_slot[slot]
+            sent = request.blocks_sent
+            if sent == 0:
+                executor.open(slot, request.tokens(), request.sampling)
+                if request.started_at < 0:
+                    request.started_at = now
+                    request.cached_tokens = start
+            if sent < len(request.blocks):
+                appends.append(BlockAppend(slot, sent, tuple(request.blocks[sent:])))
+                request.blocks_sent = len(request.blocks)
+            request.planned = start + count
+            request.in_flight += 1
+            request.lane = lane
+            requests.append(request)
+        batch = Batch(next(self._steps), tuple(slices), tuple(appends))
+        work = Work.of(slices)
+        live.flights[lane].append(Flight(batch, tuple(requests), work, split, now))
+        executor.submit(lane, batch)
+        self._emit(Launched(now, lane, batch, split, work))
+
+    def _apply(self, result: StepResult) -> None:
+        flight = self.live.flights[result.lane].popleft()
+        assert flight.batch.step == result.step, "a lane returned its steps out of order"
+        self._emit(Stepped(result, flight.work, flight.split))
+        now = self._clock.now()
+        tokens = iter(result.tokens)
+        got: list[Request] = []
+        ids: list[int] = []
+        ended: list[tuple[Request, FinishReason]] = []
+        for request, piece in zip(flight.requests, flight.batch.slices, strict=True):
+            request.in_flight -= 1
+            token = next(tokens) if piece.sample and result.error is None else None
+            if request.finished:  # ended while this step ran: drop the result, release when drained
+                self._release(request)
+            elif result.error is not None:
+                self._finish(request, FinishReason.ERROR, result.error)
+            else:
+                request.computed = piece.start + piece.count
+                if token is not None:
+                    got.append(request)
+                    ids.append(token)
+                    if reason := self._take_token(request, token, now):
+                        ended.append((request, reason))
+                if request.computed // self._block_size > request.published:
+                    self._publish(request)
+        if got:
+            self._emit(Tokens(now, tuple(got), tuple(ids)))
+        for request, reason in ended:
+            self._finish(request, reason)
+
+    def _take_token(self, request: Request, token: int, now: float) -> FinishReason | None:
+        output = request.output
+        output.append(token)
+        if request.stage is Stage.PREFILL:
+            self.live.start_decoding(request)
+        if request.first_token_at < 0:
+            request.first_token_at = now
+        request.last_token_at = now
+        if token in request.stop_tokens and len(output) > request.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(output) >= request.max_tokens else None
+
+    def _publish(self, request: Request) -> None:
+        """Offer newly computed full blocks, extending the key chain over produced tokens."""
+        kv = self.kv[request.lane or Lane.DECODE]
+        keys, size = request.block_keys, self._block_size
+        full = request.computed // size
+        if request.salt is not None and full > len(keys):
+            tokens = request.tokens()
+            while full > len(keys):
+                previous = keys[-1] if keys else request.salt
+                keys.append(next_key(previous, tokens[len(keys) * size : (len(keys) + 1) * size]))
+        kv.publish(request, request.computed)
+
+    def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        self.live.leave(request)
+        request.stage = Stage.FINISHED
+        request.finish_reason = reason
+        request.error = error
+        self._by_id.pop(request.id, None)
+        self._release(request)
+        self._emit(Finished(self._clock.now(), request))
+
+    def _release(self, request: Request) -> None:
+        if not request.in_flight:
+            self.live.free(request, self.kv[request.lane or Lane.DECODE])
+
+    def _die(self, why: str) -> None:
+        self.dead = why
+        for flights in self.live.flights.values():
+            for flight in flights:
+                for request in flight.requests:
+                    request.in_flight = 0
+                    if request.finished:
+                        self._release(request)
+            flights.clear()
+        self.live.closed_slots.clear()
+        self._receive()
+        for request in list(self._by_id.values()):
+            self._finish(request, FinishReason.ERROR, why)
+
+    def _tell_preemptions(self) -> None:
+        for request in self.live.preempted:
+            self._emit(Preempted(self._clock.now(), request))
+        self.live.preempted.clear()
+
+    def _emit(self, event: Event) -> None:
+        for observer in self._observers:
+            observer(event)

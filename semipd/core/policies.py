@@ -1,0 +1,110 @@
+"""The fixed policies: what each idle lane runs next. `core.batching` holds the steps they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from semipd.core.admission import Admission, Aggressive
+from semipd.core.batching import decode_slices, prefill_slices
+from semipd.core.live import Live
+from semipd.core.partition import Window
+from semipd.core.ports import Controller, KVManager
+from semipd.core.types import Lane, Plan, Slice, Split
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one step, shared by all policies.
+
+    prefill_tokens: most prompt tokens in one prefill step. batch: most sequences in one decode step.
+    """
+
+    units: int
+    prefill_tokens: int = 2048
+    batch: int = 256
+    admission: Admission = field(default_factory=Aggressive)
+
+
+class SemiPD:
+    """Prefill and decode run at the same time, each on its share; a lone phase has the whole device.
+
+    Decode plans ahead up to the device's depth. Prefill does not: its steps are long enough to hide the
+    planner, and a prompt that arrives meanwhile should not find the next step taken.
+    """
+
+    def __init__(self, limits: Limits, controller: Controller) -> None:
+        self._limits = limits
+        self._controller = controller
+        self._split = controller.split(Window(), Split.lone(Lane.DECODE, limits.units))
+
+    def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
+        limits = self._limits
+        slices: dict[Lane, Sequence[Slice]] = {}
+        if Lane.DECODE in idle and live.decoding:
+            slices[Lane.DECODE] = decode_slices(live, kv[Lane.DECODE], limits.batch)
+        if Lane.PREFILL in idle and not live.busy(Lane.PREFILL):
+            slices[Lane.PREFILL] = prefill_slices(
+                live, kv[Lane.PREFILL], Lane.PREFILL, limits.prefill_tokens, limits.admission
+            )
+        prefill = bool(slices.get(Lane.PREFILL)) or live.busy(Lane.PREFILL)
+        decode = bool(slices.get(Lane.DECODE)) or live.busy(Lane.DECODE)
+        return Plan(self._share(prefill, decode), slices)
+
+    def _share(self, prefill: bool, decode: bool) -> Split:
+        if prefill and decode:
+            return self._split
+        return Split.lone(Lane.PREFILL if prefill else Lane.DECODE, self._limits.units)
+
+
+class PrefillFirst:
+    """One phase at a time on the whole device, prompts before tokens: the classic unified engine."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
+        limits = self._limits
+        if live.busy(Lane.PREFILL):
+            return Plan(Split.lone(Lane.PREFILL, limits.units), {})
+        if live.prefilling or (live.waiting and live.has_free_slot):
+            if live.busy(Lane.DECODE):
+                # Let decode drain, unless the prompt could not enter anyway.
+                if live.prefilling or limits.admission.may_enter(live.waiting[0], live, kv[Lane.PREFILL]):
+                    return Plan(Split.lone(Lane.DECODE, limits.units), {})
+            else:
+                prompts = prefill_slices(
+                    live, kv[Lane.PREFILL], Lane.PREFILL, limits.prefill_tokens, limits.admission
+                )
+                if prompts:
+                    return Plan(Split.lone(Lane.PREFILL, limits.units), {Lane.PREFILL: prompts})
+        split = Split.lone(Lane.DECODE, limits.units)
+        if Lane.DECODE not in idle:
+            return Plan(split, {})
+        return Plan(split, {Lane.DECODE: decode_slices(live, kv[Lane.DECODE], limits.batch)})
+
+
+class Chunked:
+    """Mixed batches on the whole device: every decode first, then prompt chunks up to the token budget
+    (Sarathi-Serve). `long_prompt`: at most this many tokens of one prompt in a step (0: no limit)."""
+
+    def __init__(self, limits: Limits, chunk_tokens: int, long_prompt: int = 0) -> None:
+        self._limits = limits
+        self._chunk_tokens = chunk_tokens
+        self._long_prompt = long_prompt
+
+    def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
+        limits = self._limits
+        split = Split.lone(Lane.DECODE, limits.units)
+        if Lane.DECODE not in idle:
+            return Plan(split, {})
+        slices = decode_slices(live, kv[Lane.DECODE], limits.batch)
+        slices += prefill_slices(
+            live,
+            kv[Lane.DECODE],
+            Lane.DECODE,
+            self._chunk_tokens - len(slices),
+            limits.admission,
+            self._long_prompt,
+        )
+        return Plan(split, {Lane.DECODE: slices})

@@ -1,0 +1,104 @@
+"""What outlives a worker: the slot table, one flat buffer that the planner's process and the workers map.
+
+numpy only, so that the planner's process needs no torch. Every field is an array indexed by slot. The
+planner's side writes a slot before it sends the step that reads it; only `tokens` is also written by
+workers (each step writes the token after its last position).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from semipd.core.types import BlockAppend, Sampling
+
+MAX_BANNED = 80  # ids that a slot can ban while min_tokens holds: stop ids plus end-of-sequence ids
+
+
+class SlotTable:
+    """Views over `buffer` (at least `nbytes(...)` long, zeroed when new).
+
+    tokens: int32 [slots, max_length + 1]. blocks: int32 [slots, max_blocks]. The rest: one value a slot.
+    """
+
+    def __init__(
+        self, buffer: memoryview | bytearray, slots: int, max_length: int, block_size: int
+    ) -> None:
+        self.slots = slots
+        self.max_length = max_length
+        self.block_size = block_size
+        offset = 0
+        for name, dtype, shape in _fields(slots, max_length, block_size):
+            count = int(np.prod(shape))
+            view = np.frombuffer(buffer, dtype=dtype, count=count, offset=offset).reshape(shape)
+            setattr(self, name, view)
+            offset += _padded(count * np.dtype(dtype).itemsize)
+
+    tokens: np.ndarray
+    blocks: np.ndarray
+    temperature: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    top_k: np.ndarray
+    seed: np.ndarray
+    ban_until: np.ndarray
+    ban_count: np.ndarray
+    ban_tokens: np.ndarray
+    opened: np.ndarray
+
+    @staticmethod
+    def nbytes(slots: int, max_length: int, block_size: int) -> int:
+        return sum(
+            _padded(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            for _, dtype, shape in _fields(slots, max_length, block_size)
+        )
+
+    def open(self, slot: int, tokens: Sequence[int], sampling: Sampling) -> None:
+        """Write a slot's known tokens and sampling rule. Raises ValueError out of range."""
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot {slot} is out of range 0 to {self.slots - 1}")
+        if len(tokens) > self.max_length:
+            raise ValueError(f"{len(tokens)} tokens do not fit a slot of {self.max_length}")
+        if len(sampling.ban_tokens) > MAX_BANNED:
+            raise ValueError(f"at most {MAX_BANNED} tokens can be banned, not {len(sampling.ban_tokens)}")
+        self.tokens[slot, : len(tokens)] = tokens
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.top_k[slot] = sampling.top_k
+        self.seed[slot] = sampling.seed
+        self.ban_until[slot] = sampling.ban_until
+        self.ban_count[slot] = len(sampling.ban_tokens)
+        self.ban_tokens[slot, : len(sampling.ban_tokens)] = sampling.ban_tokens
+        self.opened[slot] = True
+
+    def close(self, slot: int) -> None:
+        self.opened[slot] = False
+
+    def append(self, appends: Sequence[BlockAppend]) -> None:
+        """Extend block tables. Entries that a step in flight reads are never changed (planner's rule)."""
+        for slot, first, blocks in appends:
+            self.blocks[slot, first : first + len(blocks)] = blocks
+
+
+def _fields(slots: int, max_length: int, block_size: int) -> tuple[tuple[str, type, tuple[int, ...]], ...]:
+    max_blocks = -(-max_length // block_size) + 1
+    return (
+        ("tokens", np.int32, (slots, max_length + 1)),
+        ("blocks", np.int32, (slots, max_blocks)),
+        ("temperature", np.float32, (slots,)),
+        ("top_p", np.float32, (slots,)),
+        ("min_p", np.float32, (slots,)),
+        ("top_k", np.int32, (slots,)),
+        ("seed", np.int64, (slots,)),
+        ("ban_until", np.int32, (slots,)),
+        ("ban_count", np.int32, (slots,)),
+        ("ban_tokens", np.int32, (slots, MAX_BANNED)),
+        ("opened", np.bool_, (slots,)),
+    )
+
+
+def _padded(nbytes: int) -> int:
+    """Each field starts on a cache line of its own."""
+    return -(-nbytes // 64) * 64

@@ -1,0 +1,242 @@
+"""What every executor must do. A subclass names a harness; pytest runs the same tests on each.
+
+The tests drive `core.ports.Executor` directly, without the planner, as the planner would.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from semipd.core.ports import Executor
+from semipd.core.types import Batch, BlockAppend, Lane, Sampling, Slice, Split, StepResult
+
+
+class Harness(ABC):
+    """How the suite gets an executor of one kind, and what that kind can do."""
+
+    block_size: int = 4
+    vocabulary: int = 100
+
+    @abstractmethod
+    def make(self) -> Executor: ...
+
+    def kill(self, executor: Executor, lane: Lane) -> None:
+        """Kill what runs the lane's present step."""
+        pytest.skip("this executor has no worker to kill")
+
+    def now(self, executor: Executor) -> float:
+        return time.monotonic()
+
+
+class Driver:
+    """Opens slots, keeps block tables and collects results: the planner's part, without its decisions."""
+
+    def __init__(self, executor: Executor, block_size: int) -> None:
+        self.executor = executor
+        self.block_size = block_size
+        self._steps = itertools.count(1)
+        self._blocks = itertools.count()
+        self._tables: dict[int, int] = {}
+
+    def open(self, slot: int, tokens: Sequence[int], sampling: Sampling = Sampling()) -> None:
+        self.executor.open(slot, tokens, sampling)
+        self._tables[slot] = 0
+
+    def batch(self, *slices: Slice) -> Batch:
+        appends = []
+        for slot, start, count, _ in slices:
+            have = self._tables.get(slot, 0)
+            need = -(-(start + count) // self.block_size)
+            if need > have:
+                blocks = tuple(itertools.islice(self._blocks, need - have))
+                appends.append(BlockAppend(slot, have, blocks))
+                self._tables[slot] = need
+        return Batch(next(self._steps), slices, tuple(appends))
+
+    def collect(self, count: int, patience: float = 30.0) -> list[StepResult]:
+        results: list[StepResult] = []
+        deadline = time.monotonic() + patience
+        while len(results) < count and time.monotonic() < deadline:
+            results += self.executor.wait(None)
+        assert len(results) == count
+        return results
+
+    def run(self, lane: Lane, *slices: Slice) -> StepResult:
+        self.executor.submit(lane, self.batch(*slices))
+        return self.collect(1)[0]
+
+    def generate(self, slot: int, prompt: Sequence[int], count: int) -> list[int]:
+        """A lone request, step by step."""
+        tokens = list(self.run(Lane.PREFILL, Slice(slot, 0, len(prompt))).tokens)
+        for position in range(len(prompt), len(prompt) + count - 1):
+            tokens += self.run(Lane.DECODE, Slice(slot, position, 1)).tokens
+        return tokens
+
+
+class ExecutorConformance(ABC):
+    """Inherit, implement `harness`, and name the class Test...."""
+
+    @pytest.fixture
+    @abstractmethod
+    def harness(self) -> Harness: ...
+
+    @pytest.fixture
+    def executor(self, harness: Harness) -> Iterator[Executor]:
+        executor = harness.make()
+        executor.resize(Split.pair(1, 1, executor.device.units))
+        yield executor
+        executor.close()
+
+    @pytest.fixture
+    def driver(self, harness: Harness, executor: Executor) -> Driver:
+        return Driver(executor, harness.block_size)
+
+    @pytest.fixture
+    def prompt(self, harness: Harness) -> list[int]:
+        return [(7 * i + 3) % harness.vocabulary for i in range(13)]
+
+    def test_every_batch_comes_back_once_and_in_order(self, driver: Driver, prompt: list[int]) -> None:
+        driver.open(0, prompt)
+        driver.open(1, prompt[::-1])
+        batches = [driver.batch(Slice(0, 0, 13)), driver.batch(Slice(1, 0, 13))]
+        driver.executor.submit(Lane.PREFILL, batches[0])
+        driver.executor.submit(Lane.DECODE, batches[1])
+        results = driver.collect(2)
+        assert {(r.lane, r.step) for r in results} == {
+            (Lane.PREFILL, batches[0].step),
+            (Lane.DECODE, batches[1].step),
+        }
+        assert all(r.error is None and len(r.tokens) == 1 and r.attempts == 1 for r in results)
+        assert driver.executor.wait(0.0) == []
+
+    def test_only_sampled_slices_return_tokens(self, driver: Driver, prompt: list[int]) -> None:
+        driver.open(0, prompt)
+        driver.open(1, prompt)
+        result = driver.run(Lane.PREFILL, Slice(0, 0, 5, False), Slice(1, 0, 13))
+        assert len(result.tokens) == 1
+
+    def test_a_step_runs_ahead_of_its_input(self, driver: Driver, prompt: list[int]) -> None:
+        """Depth 2: the second step is submitted before the host has seen the token that it reads."""
+        if driver.executor.device.depth < 2:
+            pytest.skip("this device has depth 1")
+        driver.open(0, prompt)
+        expected = driver.generate(0, prompt, 4)
+        driver.open(1, prompt)
+        tokens = list(driver.run(Lane.PREFILL, Slice(1, 0, 13)).tokens)
+        for start in (13, 14):
+            driver.executor.submit(Lane.DECODE, driver.batch(Slice(1, start, 1)))
+        results = driver.collect(2)
+        assert [r.step for r in results] == sorted(r.step for r in results)
+        tokens += [token for r in results for token in r.tokens]
+        assert tokens == expected[:3]
+
+    def test_a_replayed_step_gives_the_same_tokens(self, driver: Driver, prompt: list[int]) -> None:
+        sampling = Sampling(temperature=1.0, seed=11)
+        driver.open(0, prompt, sampling)
+        first = driver.run(Lane.PREFILL, Slice(0, 0, 13))
+        second = driver.run(Lane.DECODE, Slice(0, 13, 1))
+        assert driver.run(Lane.PREFILL, Slice(0, 0, 13)).tokens == first.tokens
+        assert driver.run(Lane.DECODE, Slice(0, 13, 1)).tokens == second.tokens
+
+    def test_chunks_give_the_tokens_of_the_whole(self, driver: Driver, prompt: list[int]) -> None:
+        driver.open(0, prompt)
+        whole = driver.run(Lane.PREFILL, Slice(0, 0, 13)).tokens
+        driver.open(1, prompt)
+        driver.run(Lane.PREFILL, Slice(1, 0, 6, False))
+        driver.run(Lane.DECODE, Slice(1, 6, 4, False))
+        assert driver.run(Lane.PREFILL, Slice(1, 10, 3)).tokens == whole
+
+    def test_tokens_do_not_depend_on_company(self, driver: Driver, prompt: list[int]) -> None:
+        for slot in range(4):
+            driver.open(slot, prompt[slot:], Sampling(temperature=0.8, seed=slot))
+        alone = [driver.run(Lane.PREFILL, Slice(slot, 0, 13 - slot)).tokens[0] for slot in range(4)]
+        together = driver.run(Lane.DECODE, *(Slice(slot, 0, 13 - slot) for slot in range(4)))
+        assert list(together.tokens) == alone
+
+    def test_a_mixed_batch_is_just_a_batch(self, driver: Driver, prompt: list[int]) -> None:
+        driver.open(0, prompt)
+        expected = driver.generate(0, prompt, 2)
+        driver.open(1, prompt)
+        driver.open(2, prompt)
+        driver.run(Lane.PREFILL, Slice(1, 0, 13))
+        mixed = driver.run(Lane.DECODE, Slice(1, 13, 1), Slice(2, 0, 7, False))
+        assert list(mixed.tokens) == expected[1:]
+
+    def test_lanes_overlap_in_time(self, driver: Driver, prompt: list[int]) -> None:
+        driver.open(0, prompt)
+        driver.open(1, prompt)
+        overlaps = 0
+        for _ in range(20):
+            driver.executor.submit(Lane.PREFILL, driver.batch(Slice(0, 0, 13)))
+            driver.executor.submit(Lane.DECODE, driver.batch(Slice(1, 0, 13)))
+            one, two = driver.collect(2)
+            overlaps += max(one.started, two.started) < min(one.finished, two.finished)
+        assert overlaps > 0
+
+    def test_resize_under_a_running_batch(self, driver: Driver, prompt: list[int]) -> None:
+        units = driver.executor.device.units
+        driver.open(0, prompt)
+        expected = driver.generate(0, prompt, 3)
+        driver.open(1, prompt)
+        produced: list[int] = []
+        steps = [Slice(1, 0, 13), Slice(1, 13, 1), Slice(1, 14, 1)]
+        splits = [
+            Split.lone(Lane.DECODE, units),
+            Split.pair(units, units, units),
+            Split.lone(Lane.PREFILL, units),
+        ]
+        for piece, split in zip(steps, splits, strict=True):
+            driver.executor.submit(Lane.DECODE, driver.batch(piece))
+            driver.executor.resize(split)
+            driver.executor.resize(Split.lone(Lane.DECODE, units))
+            produced += driver.collect(1)[0].tokens
+        assert produced == expected
+
+    def test_a_closed_slot_leaves_nothing_behind(self, driver: Driver, prompt: list[int]) -> None:
+        driver.open(0, prompt[::-1])
+        expected = driver.generate(0, prompt[::-1], 2)
+        driver.open(1, prompt)
+        driver.generate(1, prompt, 4)
+        driver.executor.close_slot(1)
+        driver.open(1, prompt[::-1])
+        assert driver.generate(1, prompt[::-1], 2) == expected
+
+    def test_a_bad_batch_fails_alone(self, harness: Harness, driver: Driver, prompt: list[int]) -> None:
+        driver.open(0, prompt)
+        expected = driver.run(Lane.PREFILL, Slice(0, 0, 13)).tokens
+        bad = driver.run(Lane.PREFILL, Slice(3, 0, 5))
+        assert bad.error and bad.tokens == ()
+        assert driver.run(Lane.PREFILL, Slice(0, 0, 13)).tokens == expected
+
+    def test_a_death_is_repaired(self, harness: Harness, driver: Driver, prompt: list[int]) -> None:
+        driver.open(0, prompt)
+        expected = driver.generate(0, prompt, 3)
+        driver.open(1, prompt)
+        driver.executor.submit(Lane.PREFILL, driver.batch(Slice(1, 0, 13)))
+        harness.kill(driver.executor, Lane.PREFILL)
+        result = driver.collect(1)[0]
+        assert (result.error, list(result.tokens)) == (None, expected[:1])
+        assert driver.run(Lane.DECODE, Slice(1, 13, 1)).tokens[0] == expected[1]
+        assert driver.run(Lane.PREFILL, Slice(1, 14, 1)).tokens[0] == expected[2]
+
+    def test_wake_and_until_cut_a_wait_short(self, harness: Harness, driver: Driver) -> None:
+        executor = driver.executor
+        executor.wake()
+        assert executor.wait(None) == []
+        until = harness.now(executor) + 0.02
+        assert executor.wait(until) == []
+        assert harness.now(executor) >= until
+
+    def test_slots_out_of_range_are_refused(self, driver: Driver) -> None:
+        with pytest.raises(ValueError, match="slot"):
+            driver.executor.open(-1, [1], Sampling())
+
+    def test_close_twice(self, harness: Harness) -> None:
+        executor = harness.make()
+        executor.close()
+        executor.close()
