@@ -153,7 +153,10 @@ class SimExecutor:
         elif any(piece.slot not in self._open for piece in run.batch.slices):
             error = "a slice names a slot that is not open"
         else:
-            tokens = self._compute(run.batch)
+            try:
+                tokens = self._compute(run.batch)
+            except Exception as failure:
+                error = str(failure)
         result = StepResult(
             lane, run.batch.step, tokens, run.started, self.clock.time, error, min(run.attempts, 2)
         )

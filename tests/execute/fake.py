@@ -44,7 +44,7 @@ class FakeExecutor(SimExecutor):
         self.tokens: dict[int, dict[int, int]] = {}
         self.tables: dict[int, list[int]] = {}
         self.sampling: dict[int, Sampling] = {}
-        self.fail_steps: set[int] = set()
+        self.poison: int | None = None  # a token id that makes the step computing it fail
 
     def open(self, slot: int, tokens: Sequence[int], sampling: Sampling) -> None:
         super().open(slot, tokens, sampling)
@@ -70,6 +70,8 @@ class FakeExecutor(SimExecutor):
             table, tokens = self.tables[slot], self.tokens[slot]
             for position in range(start, start + count):
                 block, offset = divmod(position, self.block_size)
+                if tokens[position] == self.poison:
+                    raise RuntimeError("made to fail")
                 self.cache[table[block]][offset] = tokens[position]
             if sample:
                 end = start + count

@@ -1,0 +1,112 @@
+"""An engine on the fake executor, with every check that a test would want switched on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from semipd.core.admission import Admission, Aggressive
+from semipd.core.engine import Engine
+from semipd.core.keys import ROOT, block_keys
+from semipd.core.kv import BlockPool
+from semipd.core.partition import Shared, Static
+from semipd.core.policies import Chunked, Limits, PrefillFirst, SemiPD
+from semipd.core.ports import Policy
+from semipd.core.types import Event, Finished, Lane, Request, Sampling, Tokens
+from tests.execute.fake import FakeExecutor, continuation
+
+POLICIES = ("static", "shared", "prefill-first", "chunked-3", "chunked-16", "chunked-long")
+
+
+def make_policy(name: str, units: int = 2, admission: Admission | None = None) -> Policy:
+    limits = Limits(units, prefill_tokens=16, batch=8, admission=admission or Aggressive())
+    match name:
+        case "static":
+            return SemiPD(limits, Static(1, units - 1, units))
+        case "shared":
+            return SemiPD(limits, Shared(units))
+        case "prefill-first":
+            return PrefillFirst(limits)
+        case "chunked-long":
+            return Chunked(limits, 16, long_prompt=4)
+        case _:
+            return Chunked(limits, int(name.partition("-")[2]))
+
+
+def make_request(
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    arrival: float = 0.0,
+    seed: int = 0,
+    stop: tuple[int, ...] = (),
+    min_tokens: int = 0,
+    block_size: int = 4,
+) -> Request:
+    return Request(
+        name,
+        prompt,
+        max_tokens,
+        Sampling(seed=seed),
+        frozenset(stop),
+        min_tokens,
+        arrival,
+        block_keys(prompt, block_size),
+        salt=ROOT,
+    )
+
+
+@dataclass
+class Bench:
+    """An engine on a fake with `blocks` blocks of 4 tokens."""
+
+    policy: str = "static"
+    blocks: int = 64
+    depth: int = 2
+    max_sequences: int = 8
+    admission: Admission | None = None
+    events: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.executor = FakeExecutor(self.blocks, depth=self.depth)
+        self.pool = BlockPool(self.blocks, 4)
+        self.engine = Engine(
+            self.executor,
+            make_policy(self.policy, admission=self.admission),
+            {Lane.PREFILL: self.pool, Lane.DECODE: self.pool},
+            self.executor.clock,
+            max_sequences=self.max_sequences,
+            max_length=1000,
+            observers=[self.events.append],
+        )
+
+    def run(self, steps: int = 5000) -> None:
+        """Until idle; the pool is checked after every step."""
+        for _ in range(steps):
+            if self.engine.idle:
+                break
+            self.engine.step(self.executor.clock.now() + 1.0)
+            self.pool.check()
+        assert self.engine.idle, "the engine did not finish"
+        self.engine.check_idle()
+
+    def outputs(self) -> dict[str, list[int]]:
+        """Tokens by request, as the events told them."""
+        told: dict[str, list[int]] = {}
+        for event in self.events:
+            if isinstance(event, Tokens):
+                for request, token in zip(event.requests, event.tokens, strict=True):
+                    told.setdefault(request.id, []).append(token)
+        return told
+
+    def finished(self) -> dict[str, Request]:
+        return {event.request.id: event.request for event in self.events if isinstance(event, Finished)}
+
+
+def expected(request: Request) -> list[int]:
+    """What the request must produce, whatever happens around it."""
+    tokens = continuation(request.prompt, request.max_tokens, request.sampling.seed)
+    for index, token in enumerate(tokens):
+        if token in request.stop_tokens and index >= request.min_tokens:
+            return tokens[: index + 1]
+    return tokens
