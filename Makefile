@@ -1,0 +1,38 @@
+# make install   .venv with everything pinned; takes under 2 s when nothing changed
+# make serve     serve the default model on 127.0.0.1:8000 (PORT=9000 for another, MODEL=folder)
+# make test      format check, lint, types, all tests
+# make test-all  the same and the slow tests
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+MODEL ?=
+BIN := $(VENV)/bin
+
+.PHONY: install serve test test-all lint format
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+serve: install
+	$(BIN)/semipd serve $(MODEL) --port $(PORT)
+
+lint: install
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

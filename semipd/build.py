@@ -1,0 +1,197 @@
+"""Config to engine: the only file that names concrete classes.
+
+`resolve` turns settings and a model folder into numbers and has no side effect but reading files;
+`build_engine` starts processes. Both raise ConfigError with one clear line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from semipd.config import Config
+from semipd.core.engine import Engine
+from semipd.core.errors import ConfigError
+from semipd.core.kv import BlockPool
+from semipd.core.partition import Shared, Static
+from semipd.core.policies import Chunked, Limits, PrefillFirst, SemiPD
+from semipd.core.ports import Controller, Observer, Policy
+from semipd.core.types import Lane
+from semipd.execute.clock import MonotonicClock
+from semipd.execute.cpu import CpuExecutor
+from semipd.model.spec import ModelSpec, load_spec
+
+DEFAULT_CHUNK_TOKENS = 256
+DEFAULT_MEMORY_SHARE = 10  # one part in ten of the machine's memory
+DEFAULT_MEMORY_MOST = 2 * 1024**3
+
+log = logging.getLogger("semipd")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a Config means for one model on this machine.
+
+    blocks: KV blocks in the pool. max_length: most tokens of one sequence. cores: CPU ids to use.
+    """
+
+    config: Config
+    folder: Path
+    spec: ModelSpec
+    name: str
+    dtype: str
+    blocks: int
+    max_length: int
+    cores: tuple[int, ...]
+
+    @property
+    def block_size(self) -> int:
+        return self.config.cache.block_size
+
+
+def resolve(config: Config) -> Resolved:
+    """Find the model, read its shape, size the KV pool. Raises ConfigError."""
+    folder = model_folder(config.model.model)
+    spec = load_spec(folder)
+    dtype = _dtype(config.model.dtype, spec)
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    _controller(config, len(cores))  # a split that this machine cannot have is refused before loading
+    blocks, max_length = _pool(config, spec, dtype)
+    name = config.server.served_model_name or config.model.model or folder.name
+    return Resolved(config, folder, spec, name, dtype, blocks, max_length, cores)
+
+
+def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) -> Engine:
+    """Start the executor and put the planner on it. Call on the thread that will run `Engine.step`: the
+    executor's processes end with it. The caller closes `engine.executor`."""
+    resolved = config if isinstance(config, Resolved) else resolve(config)
+    settings = resolved.config
+    policy = _policy(settings, len(resolved.cores))
+    executor = CpuExecutor(
+        resolved.folder,
+        dtype=resolved.dtype,
+        load_format=settings.model.load_format,
+        seed=settings.model.seed,
+        slots=settings.policy.max_num_seqs,
+        max_length=resolved.max_length,
+        blocks=resolved.blocks,
+        block_size=resolved.block_size,
+        cores=resolved.cores,
+    )
+    pool = BlockPool(resolved.blocks, resolved.block_size, settings.cache.prefix_cache)
+    return Engine(
+        executor,
+        policy,
+        {Lane.PREFILL: pool, Lane.DECODE: pool},
+        MonotonicClock(),
+        max_sequences=settings.policy.max_num_seqs,
+        max_length=resolved.max_length,
+        observers=observers,
+    )
+
+
+def model_folder(model: str | None) -> Path:
+    """The local folder of a model: a path, or a hub id that is fetched (or found in the hub's cache)."""
+    if model is None:
+        return default_model()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ConfigError(f"no model folder at {model}")
+    return _fetch(model)
+
+
+def default_model() -> Path:
+    """The model that ships with the package."""
+    return Path(__file__).parent / "box"
+
+
+def _fetch(model: str) -> Path:
+    # Imported here: it takes a quarter of a second, and a local folder does not need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        )
+    except HFValidationError:
+        raise ConfigError(f"no model folder at {model}, and it is not a hub id") from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"no folder {model}, and the hub gave no model of that name: {reason}") from error
+
+
+def _dtype(wanted: str, spec: ModelSpec) -> str:
+    if wanted != "auto":
+        return wanted
+    return "float32" if spec.dtype == "float32" else "bfloat16"
+
+
+def _pool(config: Config, spec: ModelSpec, dtype: str) -> tuple[int, int]:
+    """(blocks, max_length). A stated budget is honoured or refused; an unstated one adapts."""
+    cache, asked = config.cache, config.model.max_model_len
+    if asked is not None and asked > spec.max_positions:
+        raise ConfigError(
+            f"--max-model-len {asked} is more than the {spec.max_positions} positions of the model"
+        )
+    longest = asked or spec.max_positions
+    block_bytes = spec.kv_bytes_per_token(4 if dtype == "float32" else 2) * cache.block_size
+    if cache.kv_blocks is not None:
+        blocks = cache.kv_blocks
+    elif cache.kv_memory is not None:
+        blocks = cache.kv_memory // block_bytes
+    else:
+        blocks = _default_memory() // block_bytes
+    capacity = blocks * cache.block_size
+    if capacity >= longest:
+        return blocks, longest
+    stated = cache.kv_blocks is not None or cache.kv_memory is not None
+    if stated or asked is not None or capacity < cache.block_size:
+        raise ConfigError(
+            f"the KV pool holds {capacity} tokens, less than one sequence of {longest}: "
+            f"raise --kv-memory to {longest * block_bytes // cache.block_size / 2**20:.0f} MiB or lower "
+            "--max-model-len"
+        )
+    log.info("sequences are limited to %d tokens by the KV pool; --kv-memory raises it", capacity)
+    return blocks, capacity
+
+
+def _default_memory() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(memory // DEFAULT_MEMORY_SHARE, DEFAULT_MEMORY_MOST)
+
+
+def _policy(config: Config, units: int) -> Policy:
+    limits = Limits(units, batch=config.policy.max_num_seqs)
+    match config.policy.policy:
+        case "prefill-first":
+            return PrefillFirst(limits)
+        case "chunked":
+            return Chunked(limits, config.policy.chunk_tokens or DEFAULT_CHUNK_TOKENS)
+        case _:
+            return SemiPD(limits, _controller(config, units))
+
+
+def _controller(config: Config, units: int) -> Controller:
+    """The controller that `--split` names: static:P,D or shared; half and half without one."""
+    split = config.policy.split
+    if split is None:
+        if units == 1:
+            log.info("one core cannot be split: both phases share it")
+            return Shared(1)
+        return Static(units - units // 2, units // 2, units)
+    if split == "shared":
+        return Shared(units)
+    kind, _, shares = split.partition(":")
+    parts = shares.split(",")
+    if kind != "static" or len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"--split: {split!r} is not static:P,D or shared")
+    prefill, decode = (int(part) for part in parts)
+    if not (1 <= prefill <= units and 1 <= decode <= units):
+        raise ConfigError(f"--split: {split} does not fit {units} cores; each phase needs 1 to {units}")
+    return Static(prefill, decode, units)
