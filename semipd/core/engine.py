@@ -23,6 +23,7 @@ from semipd.core.ports import Clock, Executor, ExecutorLost, KVManager, Observer
 from semipd.core.types import (
     Batch,
     BlockAppend,
+    BlockCopy,
     Event,
     Finished,
     FinishReason,
@@ -65,9 +66,11 @@ class Engine:
         self.max_length = max_length
         self.dead: str | None = None
         self._policy = policy
-        self._clock = clock
+        self.clock = clock
         self._observers = tuple(observers)
         self._block_size = kv[Lane.DECODE].block_size
+        self._two_pools = kv[Lane.PREFILL] is not kv[Lane.DECODE]
+        self._ask_again: float | None = None
         self._inbox: deque[Request | str] = deque()
         self._by_id: dict[str, Request] = {}
         self._steps = itertools.count(1)
@@ -123,7 +126,7 @@ class Engine:
         try:
             self._receive()
             self._launch()
-            for result in self.executor.wait(until):
+            for result in self.executor.wait(_earlier(until, self._ask_again)):
                 self._apply(result)
         except ExecutorLost as lost:
             self._die(str(lost))
@@ -147,17 +150,19 @@ class Engine:
 
     def _launch(self) -> None:
         """Ask the policy until it has nothing more to launch."""
+        self._ask_again = None
         live, depth = self.live, self.executor.device.depth
         while len(live):
             idle = frozenset(lane for lane, steps in live.flights.items() if len(steps) < depth)
             if not idle:
                 return
-            plan = self._policy.plan(idle, live, self.kv, self._clock.now())
+            plan = self._policy.plan(idle, live, self.kv, self.clock.now())
+            self._ask_again = plan.until
             self._tell_preemptions()
             if plan.split != self._split:
                 self._split = plan.split
                 self.executor.resize(plan.split)
-                self._emit(Switched(self._clock.now(), plan.split))
+                self._emit(Switched(self.clock.now(), plan.split))
             launched = False
             for lane, slices in plan.slices.items():
                 if slices:
@@ -169,27 +174,31 @@ class Engine:
                 return
 
     def _submit(self, lane: Lane, slices: Sequence[Slice], split: Split) -> None:
-        live, executor, now = self.live, self.executor, self._clock.now()
+        live, executor, now = self.live, self.executor, self.clock.now()
         while live.closed_slots:
             executor.close_slot(live.closed_slots.pop(0))
         requests = []
         appends = []
+        copies: list[BlockCopy] = []
         for slot, start, count, _ in slices:
             request = live.by_slot[slot]
             sent = request.blocks_sent
-            if sent == 0:
+            if not request.opened:
                 executor.open(slot, request.tokens(), request.sampling)
+                request.opened = True
                 if request.started_at < 0:
                     request.started_at = now
                     request.cached_tokens = start
-            if sent < len(request.blocks):
+            if lane is Lane.TRANSFER:
+                copies += self._copies(request, start)
+            elif sent < len(request.blocks):
                 appends.append(BlockAppend(slot, sent, tuple(request.blocks[sent:])))
                 request.blocks_sent = len(request.blocks)
             request.planned = start + count
             request.in_flight += 1
             request.lane = lane
             requests.append(request)
-        batch = Batch(next(self._steps), tuple(slices), tuple(appends))
+        batch = Batch(next(self._steps), tuple(slices), tuple(appends), tuple(copies))
         work = Work.of(slices)
         live.flights[lane].append(Flight(batch, tuple(requests), work, split, now))
         executor.submit(lane, batch)
@@ -199,7 +208,7 @@ class Engine:
         flight = self.live.flights[result.lane].popleft()
         assert flight.batch.step == result.step, "a lane returned its steps out of order"
         self._emit(Stepped(result, flight.work, flight.split))
-        now = self._clock.now()
+        now = self.clock.now()
         tokens = iter(result.tokens)
         got: list[Request] = []
         ids: list[int] = []
@@ -218,7 +227,9 @@ class Engine:
                     ids.append(token)
                     if reason := self._take_token(request, token, now):
                         ended.append((request, reason))
-                if request.computed // self._block_size > request.published:
+                if result.lane is Lane.TRANSFER:
+                    self._arrive(request)
+                elif request.computed // self._block_size > request.published:
                     self._publish(request)
         if got:
             self._emit(Tokens(now, tuple(got), tuple(ids)))
@@ -229,7 +240,7 @@ class Engine:
         output = request.output
         output.append(token)
         if request.stage is Stage.PREFILL:
-            self.live.start_decoding(request)
+            self.live.move(request, Stage.TRANSFER if self._two_pools else Stage.DECODE)
         if request.first_token_at < 0:
             request.first_token_at = now
         request.last_token_at = now
@@ -239,7 +250,6 @@ class Engine:
 
     def _publish(self, request: Request) -> None:
         """Offer newly computed full blocks, extending the key chain over produced tokens."""
-        kv = self.kv[request.lane or Lane.DECODE]
         keys, size = request.block_keys, self._block_size
         full = request.computed // size
         if request.salt is not None and full > len(keys):
@@ -247,20 +257,37 @@ class Engine:
             while full > len(keys):
                 previous = keys[-1] if keys else request.salt
                 keys.append(next_key(previous, tokens[len(keys) * size : (len(keys) + 1) * size]))
-        kv.publish(request, request.computed)
+        if request.pool is not None:
+            request.pool.publish(request, request.computed)
+
+    def _copies(self, request: Request, start: int) -> list[BlockCopy]:
+        """Source and target of every block from position `start` on."""
+        assert request.incoming is not None
+        first = start // self._block_size
+        pairs = zip(request.blocks[first:], request.incoming.blocks[first:], strict=True)
+        return [BlockCopy(source, target) for source, target in pairs]
+
+    def _arrive(self, request: Request) -> None:
+        """The copy to the decode pool is complete: release the source, go on from the target."""
+        twin = request.incoming
+        assert twin is not None and request.pool is not None
+        request.pool.release(request)
+        request.pool, request.blocks, request.published = twin.pool, twin.blocks, twin.published
+        request.blocks_sent, request.incoming = 0, None
+        self.live.move(request, Stage.DECODE)
+        self._publish(request)
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        self.live.leave(request)
-        request.stage = Stage.FINISHED
+        self.live.move(request, Stage.FINISHED)
         request.finish_reason = reason
         request.error = error
         self._by_id.pop(request.id, None)
         self._release(request)
-        self._emit(Finished(self._clock.now(), request))
+        self._emit(Finished(self.clock.now(), request))
 
     def _release(self, request: Request) -> None:
         if not request.in_flight:
-            self.live.free(request, self.kv[request.lane or Lane.DECODE])
+            self.live.free(request)
 
     def _die(self, why: str) -> None:
         self.dead = why
@@ -278,9 +305,15 @@ class Engine:
 
     def _tell_preemptions(self) -> None:
         for request in self.live.preempted:
-            self._emit(Preempted(self._clock.now(), request))
+            self._emit(Preempted(self.clock.now(), request))
         self.live.preempted.clear()
 
     def _emit(self, event: Event) -> None:
         for observer in self._observers:
             observer(event)
+
+
+def _earlier(one: float | None, two: float | None) -> float | None:
+    if one is None or two is None:
+        return two if one is None else one
+    return min(one, two)

@@ -93,6 +93,16 @@ class KVManager(Protocol):
         """Blocks that a reserve could take now: free plus cached and unreferenced."""
         ...
 
+    @property
+    def queried_tokens(self) -> int:
+        """Known tokens of all requests that entered: what the prefix cache was asked for."""
+        ...
+
+    @property
+    def hit_tokens(self) -> int:
+        """Those of them that it had."""
+        ...
+
     def reserve(self, request: Request, upto: int) -> bool:
         """Make `request.blocks` cover positions below `upto`, all or nothing. For a request without blocks,
         first match its prefix in the cache and set `computed` and `planned` to the matched positions
