@@ -1,0 +1,97 @@
+"""A list of slices in, token ids out. Knows no phases: prefill and decode differ only in the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from semipd.core.types import Slice
+from semipd.execute.storage import SlotTable
+from semipd.model.attention import Ragged, kv_rows
+from semipd.model.dense import DenseModel, StepInputs
+from semipd.model.sampler import SamplingRows, sample
+
+
+class Runner:
+    """Runs steps of one lane over the shared storage: slot table, KV pool (`DenseModel.kv_shape`),
+    weights."""
+
+    def __init__(self, model: DenseModel, table: SlotTable, kv: torch.Tensor) -> None:
+        self._model = model
+        self._table = table
+        self._kv = kv
+
+    def run(self, slices: Sequence[Slice], boundary: Callable[[], None]) -> list[int]:
+        """Compute the slices; return one token per slice with `sample`, in order, after writing each to
+        `table.tokens[slot, start + count]`. `boundary` is called between large operations.
+
+        Raises ValueError for a slot that is not open or a range that does not fit it; FloatingPointError
+        when logits are not finite. A step that raised may be run again."""
+        if not slices:
+            return []
+        slots, starts, counts, wanted = self._columns(slices)
+        inputs, last = self._inputs(slots, starts, counts, wanted)
+        logits = self._model.forward(inputs, self._kv, boundary)
+        if not last.size:
+            return []
+        sampled = slots[wanted]
+        produced = (starts + counts)[wanted]
+        tokens = sample(logits, self._rules(sampled, produced))
+        self._table.tokens[sampled, produced] = tokens
+        return tokens
+
+    def _columns(self, slices: Sequence[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Slots, starts, counts (int64) and sample flags, checked against the table."""
+        columns = np.array(slices, dtype=np.int64)
+        slots, starts, counts, wanted = columns.T
+        table = self._table
+        if slots.min() < 0 or slots.max() >= table.slots or not table.opened[slots].all():
+            raise ValueError(f"a slice names a slot that is not open: {self._closed(slots)}")
+        if starts.min() < 0 or counts.min() < 1 or (starts + counts).max() > table.max_length:
+            raise ValueError(f"a slice does not fit a slot of {table.max_length} tokens")
+        return slots, starts, counts, wanted.astype(bool)
+
+    def _closed(self, slots: np.ndarray) -> list[int]:
+        known = self._table.opened
+        return [int(slot) for slot in slots if not 0 <= slot < len(known) or not known[slot]]
+
+    def _inputs(
+        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, wanted: np.ndarray
+    ) -> tuple[StepInputs, np.ndarray]:
+        """The step's tensors, and the rows to sample."""
+        table, size = self._table, self._table.block_size
+        ends = np.cumsum(counts)
+        if ends[-1] == len(slots):
+            row_slots, positions = slots, starts
+        else:
+            row_slots = np.repeat(slots, counts)
+            positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
+        in_use = -(-int((starts + counts).max()) // size)
+        ragged = Ragged(starts, counts, table.blocks[slots, :in_use], size)
+        _, _, pool, kv_heads, _, _ = self._kv.shape
+        blocks = table.blocks[row_slots, positions // size]
+        last = ends[wanted] - 1
+        inputs = StepInputs(
+            tokens=torch.from_numpy(table.tokens[row_slots, positions].astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            ragged=ragged,
+            kv_rows=kv_rows(blocks, positions % size, pool, kv_heads, size),
+            sample=torch.from_numpy(last),
+        )
+        return inputs, last
+
+    def _rules(self, slots: np.ndarray, produced: np.ndarray) -> SamplingRows:
+        table = self._table
+        return SamplingRows(
+            temperature=table.temperature[slots],
+            top_p=table.top_p[slots],
+            top_k=table.top_k[slots],
+            min_p=table.min_p[slots],
+            seed=table.seed[slots],
+            position=produced,
+            ban_until=table.ban_until[slots],
+            ban_count=table.ban_count[slots],
+            ban_tokens=table.ban_tokens[slots],
+        )

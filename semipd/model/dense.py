@@ -1,0 +1,215 @@
+"""A dense decoder (Llama, Qwen2, Qwen3, Mistral): weights and one forward pass over ragged slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+
+from semipd.core.errors import ConfigError
+from semipd.model.attention import AttentionPlan, Ragged, attend, plan_attention, write_kv
+from semipd.model.layers import (
+    Linear,
+    PackedLinear,
+    PlainLinear,
+    packing_works,
+    pad_rows,
+    padded_rows,
+    rms_norm,
+    silu_and_multiply,
+)
+from semipd.model.rope import rope_frequencies, rope_tables, rotate
+from semipd.model.spec import ModelSpec, load_spec
+from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step reads besides weights and KV.
+
+    tokens, positions: int64 [T], the rows of all slices, one slice after another. ragged: the slices and
+    their block tables. kv_rows: where the T rows' keys and values go (`attention.kv_rows`). sample: int64
+    [n], the rows whose logits are wanted.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    ragged: Ragged
+    kv_rows: torch.Tensor
+    sample: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's parameters. The norms of queries and keys exist in some families only."""
+
+    qkv: Linear
+    output: Linear
+    gate_up: Linear
+    down: Linear
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    window: int | None
+
+
+class DenseModel:
+    """Weights in compute form. Nothing in it changes after `load_model`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        embedding: torch.Tensor,
+        layers: tuple[Layer, ...],
+        norm: torch.Tensor,
+        head: Linear,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self._embedding = embedding
+        self._layers = layers
+        self._norm = norm
+        self._head = head
+        self._frequencies, self._rope_factor = rope_frequencies(spec)
+
+    def kv_shape(self, blocks: int, block_size: int) -> tuple[int, ...]:
+        """Shape of a KV pool in `dtype`: [layers, 2, blocks, kv_heads, block_size, head_dim]."""
+        spec = self.spec
+        return (spec.layers, 2, blocks, spec.kv_heads, block_size, spec.head_dim)
+
+    def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
+        """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the
+        rows to sample, float32 [n, vocabulary]. `boundary` is called before every large operation."""
+        with torch.inference_mode():
+            rows = inputs.tokens.shape[0]
+            hidden = functional.embedding(inputs.tokens, self._embedding)
+            hidden = pad_rows(hidden, padded_rows(rows, self.dtype))
+            tables = rope_tables(inputs.positions, self._frequencies, self._rope_factor, self.dtype)
+            plans = {
+                window: plan_attention(inputs.ragged, window, self.spec.kv_heads, kv.shape[2], self.dtype)
+                for window in {layer.window for layer in self._layers}
+            }
+            for index, layer in enumerate(self._layers):
+                mixed = self._attention(
+                    layer, hidden, kv[index], inputs, tables, plans[layer.window], boundary
+                )
+                if index == len(self._layers) - 1:  # from here on only the sampled rows matter
+                    if not inputs.sample.shape[0]:
+                        break
+                    hidden, mixed = (
+                        self._sampled(hidden, inputs.sample),
+                        self._sampled(mixed, inputs.sample),
+                    )
+                boundary()
+                hidden = layer.output(mixed).add_(hidden)
+                hidden = self._mlp(layer, hidden, boundary)
+            return self._logits(hidden, inputs.sample.shape[0], boundary)
+
+    def _attention(
+        self,
+        layer: Layer,
+        hidden: torch.Tensor,
+        kv: torch.Tensor,
+        inputs: StepInputs,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        plan: AttentionPlan,
+        boundary: Callable[[], None],
+    ) -> torch.Tensor:
+        """Normed, projected, rotated and attended: [padded rows, heads * head_dim]."""
+        spec, rows = self.spec, inputs.tokens.shape[0]
+        normed = rms_norm(hidden, layer.attention_norm, spec.norm_eps)
+        boundary()
+        qkv = layer.qkv(normed)[:rows].view(rows, -1, spec.head_dim)
+        rotated = qkv[:, : spec.heads + spec.kv_heads]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key = rotated[:, : spec.heads], rotated[:, spec.heads :]
+            query.copy_(rms_norm(query, layer.query_norm, spec.norm_eps))
+            key.copy_(rms_norm(key, layer.key_norm, spec.norm_eps))
+        rotate(rotated, *tables)
+        boundary()
+        write_kv(qkv[:, spec.heads :], kv, inputs.kv_rows)
+        return pad_rows(attend(qkv[:, : spec.heads], kv, plan), hidden.shape[0])
+
+    def _mlp(self, layer: Layer, hidden: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
+        normed = rms_norm(hidden, layer.mlp_norm, self.spec.norm_eps)
+        boundary()
+        activated = silu_and_multiply(layer.gate_up(normed))
+        boundary()
+        return layer.down(activated).add_(hidden)
+
+    def _sampled(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return pad_rows(x.index_select(0, rows), padded_rows(rows.shape[0], self.dtype))
+
+    def _logits(self, hidden: torch.Tensor, rows: int, boundary: Callable[[], None]) -> torch.Tensor:
+        if not rows:
+            return torch.empty((0, self.spec.vocabulary), dtype=torch.float32)
+        normed = rms_norm(hidden, self._norm, self.spec.norm_eps)
+        boundary()
+        return self._head(normed)[:rows].float()
+
+
+def load_model(
+    folder: str | Path, *, dtype: str = "auto", load_format: str = "auto", seed: int = 0, pack: bool = True
+) -> DenseModel:
+    """Load a checkpoint folder, or make random weights in its shape (`load_format="dummy"`, which needs
+    only a config.json). dtype: auto, bfloat16 or float32. pack: use oneDNN's packed linears if they work
+    here.
+
+    Raises ConfigError, one line, when the folder cannot be served."""
+    spec = load_spec(folder)
+    weights: Weights
+    if load_format == "dummy":
+        weights = DummyWeights(dtype, spec.dtype, seed)
+    elif load_format == "auto":
+        weights = SafetensorsWeights(folder, dtype, spec.dtype)
+    else:
+        raise ConfigError(f"load format {load_format!r} is not one of auto, dummy")
+    with torch.inference_mode():
+        return _build(spec, weights, PackedLinear if pack and packing_works(weights.dtype) else PlainLinear)
+
+
+def _build(spec: ModelSpec, weights: Weights, linear: Callable[..., Linear]) -> DenseModel:
+    table = (spec.vocabulary, spec.hidden)
+    embedding = weights.take("model.embed_tokens.weight", table)
+    layers = tuple(_build_layer(spec, weights, linear, index) for index in range(spec.layers))
+    norm = weights.take("model.norm.weight", (spec.hidden,))
+    if spec.tied:
+        head, ignored = linear(embedding, None), ["lm_head.weight"]
+    else:
+        head, ignored = linear(weights.take("lm_head.weight", table), None), []
+    weights.finish(ignored)
+    return DenseModel(spec, weights.dtype, embedding, layers, norm, head)
+
+
+def _build_layer(spec: ModelSpec, weights: Weights, linear: Callable[..., Linear], index: int) -> Layer:
+    prefix = f"model.layers.{index}."
+    query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+
+    def fused(names: list[str], outputs: list[int], inputs: int, bias: bool) -> Linear:
+        sizes = list(zip(names, outputs, strict=True))
+        biases = [weights.take(f"{prefix}{name}.bias", (size,)) for name, size in sizes if bias]
+        parts = [weights.take(f"{prefix}{name}.weight", (size, inputs)) for name, size in sizes]
+        return linear(torch.cat(parts), torch.cat(biases) if bias else None)
+
+    def norm(name: str, size: int) -> torch.Tensor:
+        return weights.take(f"{prefix}{name}.weight", (size,))
+
+    projections = [f"self_attn.{name}_proj" for name in "qkv"]
+    return Layer(
+        qkv=fused(projections, [query, key, key], spec.hidden, spec.qkv_bias),
+        output=fused(["self_attn.o_proj"], [spec.hidden], query, spec.o_bias),
+        gate_up=fused(
+            ["mlp.gate_proj", "mlp.up_proj"], [spec.intermediate] * 2, spec.hidden, spec.mlp_bias
+        ),
+        down=fused(["mlp.down_proj"], [spec.hidden], spec.intermediate, spec.mlp_bias),
+        attention_norm=norm("input_layernorm", spec.hidden),
+        mlp_norm=norm("post_attention_layernorm", spec.hidden),
+        query_norm=norm("self_attn.q_norm", spec.head_dim) if spec.qk_norm else None,
+        key_norm=norm("self_attn.k_norm", spec.head_dim) if spec.qk_norm else None,
+        window=spec.window(index),
+    )

@@ -1,0 +1,155 @@
+"""Where a model's tensors come from: safetensors files, or a seeded generator.
+
+Tensors are taken one by one, by name and shape, so that no more than one unfused parameter is in memory
+besides the model. `finish` asserts that nothing in the checkpoint was left over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from semipd.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$")  # older checkpoints store what the config already says
+
+
+class Weights(Protocol):
+    """A supply of tensors of one dtype."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor, its own storage, in `dtype`. Raises ConfigError when it is missing or misshapen."""
+        ...
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        """Raise ConfigError if tensors were left that are not `ignored`."""
+        ...
+
+
+class SafetensorsWeights:
+    """The tensors of `model.safetensors`, or of the shards that its index names."""
+
+    def __init__(self, folder: str | Path, dtype: str, stored: str) -> None:
+        """dtype: auto, bfloat16 or float32; stored: the checkpoint's dtype, empty when unknown."""
+        self._folder = Path(folder)
+        self._files: dict[str, Any] = {}
+        self._where = self._locate()
+        self._taken: set[str] = set()
+        self.dtype = _target(dtype, stored or self._stored())
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in self._where:
+            raise ConfigError(f"{self._folder}: the weights lack {name}")
+        try:
+            tensor = self._where[name].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f"{self._folder}: {name} cannot be read: {error}") from None
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(f"{self._folder}: {name} has shape {list(tensor.shape)}, not {list(shape)}")
+        if tensor.dtype not in DTYPES.values():
+            raise ConfigError(f"{self._folder}: {name} is stored as {tensor.dtype}, which is not supported")
+        self._taken.add(name)
+        return torch.empty(shape, dtype=self.dtype).copy_(tensor)
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        left = set(self._where) - self._taken - set(ignored)
+        left = {name for name in left if not _DERIVED.search(name)}
+        self._where.clear()
+        self._files.clear()
+        if left:
+            example = min(left)
+            raise ConfigError(
+                f"{self._folder}: {len(left)} tensors do not belong to this model, such as {example}"
+            )
+
+    def _stored(self) -> str:
+        """The dtype of the largest table, for configs that do not say."""
+        for name in ("model.embed_tokens.weight", *self._where):
+            if name in self._where:
+                kind = str(self._where[name].get_slice(name).get_dtype())
+                return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
+        return "float32"
+
+    def _locate(self) -> dict[str, Any]:
+        """Name of each tensor -> open file that holds it."""
+        index = self._folder / INDEX
+        if not index.exists():
+            file = self._open(SINGLE)
+            return dict.fromkeys(file.keys(), file)
+        try:
+            names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{index} cannot be read: {type(error).__name__} {error}") from None
+        files = {file: self._open(str(file)) for file in sorted(set(map(str, names.values())))}
+        held = {file: set(opened.keys()) for file, opened in files.items()}
+        for name, file in names.items():
+            if name not in held[str(file)]:
+                raise ConfigError(
+                    f"{self._folder / str(file)}: the index promises {name}, the file lacks it"
+                )
+        return {name: files[str(file)] for name, file in names.items()}
+
+    def _open(self, name: str) -> Any:
+        path = self._folder / name
+        if Path(name).name != name:
+            raise ConfigError(f"{self._folder / INDEX} names a file outside its folder: {name}")
+        if name not in self._files:
+            if not path.is_file():
+                raise ConfigError(
+                    f"{self._folder} has no weights: {name} is missing (only safetensors are read)"
+                )
+            try:
+                self._files[name] = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{path} is truncated or not a safetensors file: {error}") from None
+        return self._files[name]
+
+
+class DummyWeights:
+    """Seeded random tensors: unit norms, matrices scaled by their inputs so that activations stay
+    finite."""
+
+    def __init__(self, dtype: str, stored: str, seed: int) -> None:
+        self.dtype = _target(dtype, stored or "bfloat16")
+        self._seed = seed
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self.dtype)
+        generator = torch.Generator().manual_seed((self._seed << 32 ^ zlib.crc32(name.encode())) % 2**63)
+        scale = 0.02 if len(shape) == 1 else 1.0 / math.sqrt(shape[1])
+        return torch.empty(shape, dtype=self.dtype).normal_(0.0, scale, generator=generator)
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        """Nothing can be left."""
+
+
+def _target(dtype: str, stored: str) -> torch.dtype:
+    """The dtype to compute in. float16 is never it: its matmul on CPU is some 500 times slower."""
+    wanted = stored if dtype == "auto" else dtype
+    if wanted not in DTYPES:
+        raise ConfigError(f"dtype {wanted!r} is not one of auto, bfloat16, float32")
+    if wanted == "float16":
+        wanted = "bfloat16"
+    if stored == "float16":
+        logger.info(
+            "the checkpoint is float16; converting it to %s, since CPUs have no fast float16", wanted
+        )
+    return DTYPES[wanted]
