@@ -31,7 +31,7 @@ class SlotTable:
         offset = 0
         for name, dtype, shape in _fields(slots, max_length, block_size):
             count = int(np.prod(shape))
-            view = np.frombuffer(buffer, dtype=dtype, count=count, offset=offset).reshape(shape)
+            view: np.ndarray = np.frombuffer(buffer, dtype=dtype, count=count, offset=offset).reshape(shape)
             setattr(self, name, view)
             offset += _padded(count * np.dtype(dtype).itemsize)
 

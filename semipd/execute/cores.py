@@ -1,0 +1,174 @@
+"""Who computes on which core: the share of one lane, followed by its worker while steps run.
+
+Prefill takes cores from the low end of the list, decode from the high end, so a lane's share is a number:
+prefill with 3 of 8 holds cores 0 to 2, decode with 5 holds 3 to 7, and growing or shrinking moves one edge.
+
+Three control words (`shared.Words`) say everything:
+
+    target    both shares as the planner wants them, in one word; written by the planner alone
+    held[l]   cores that lane l uses now, 0 when it has nothing to run; written by l's worker alone
+              (by the resident when it has seen that the worker is dead)
+
+The rules, applied before a step (`take`), at each boundary inside it, and after the last one (`give_back`):
+
+1.  A lane with a step strives for max(target, 1) cores, since a step without a core would never end.
+2.  It shrinks at once: first its threads leave the cores, then `held` says so.
+3.  It grows only into room: all of its target when the other lane holds no more than its own target (if
+    both targets overlap, that is meant), otherwise what the other lane does not hold. A lane that was
+    given nothing takes only what nobody holds. `held` says so before the threads move.
+4.  Growing happens under one lock (a POSIX record lock: the kernel drops it when its owner dies), and the
+    target is read inside it. So of two lanes that grow at the same moment, one sees the other's claim, and
+    no core is claimed under an old target after the other lane took it under a new one. The lock is only
+    tried: a stopped process that owns it cannot stop the other lane, which grows at a later boundary.
+5.  A lane that has a step and finds no room waits for the other's next boundary: polling first every few
+    microseconds, then every half millisecond. After `PATIENCE` it overlaps: slow is better than stuck
+    (the other may be stopped, or inside a very long layer), and the other's next boundary repairs it.
+
+So shares are disjoint except where the split overlaps on purpose and after rule 5; and nothing waits for
+ever: 2 and 4 never wait, 5 is bounded.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from semipd.execute.linux import thread_ids
+from semipd.execute.shared import Words
+
+PATIENCE = 0.1  # seconds that a step waits for a core before it overlaps
+_FIRST_PAUSE = 20e-6
+_LONGEST_PAUSE = 500e-6
+
+
+class Share:
+    """The cores of lane number `lane`, out of `cores` (system numbers, ascending).
+
+    lock: a descriptor of the shared file, for rule 4. set_threads: told the number of cores, on change.
+    """
+
+    def __init__(
+        self,
+        words: Words,
+        lane: int,
+        cores: Sequence[int],
+        lock: int,
+        set_threads: Callable[[int], None],
+    ) -> None:
+        self._words = words
+        self._lane = lane
+        self._cores = tuple(cores)
+        self._lock = lock
+        self._set_threads = set_threads
+        self._held = 0  # what our word in shared memory says
+        self._applied = 0  # where the threads are: stays when the lane goes idle
+        self._target = -1
+        self._settled = False
+
+    def boundary(self) -> None:
+        """Follow the target. Costs a fraction of a microsecond when there is nothing to do."""
+        if not self._settled or self._words.target() != self._target:
+            self._follow()
+
+    def take(self) -> None:
+        """Before a step: follow the target, and wait until there is at least one core."""
+        self.boundary()
+        if self._held:
+            return
+        pause, deadline = _FIRST_PAUSE, time.monotonic() + PATIENCE
+        while not self._held:
+            if time.monotonic() >= deadline:
+                self._claim(self._goal(self._words.target()))
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            self._follow()
+
+    def give_back(self) -> None:
+        """After the last step: hold nothing, so that the other lane may have everything."""
+        self._held = 0
+        self._settled = False
+        self._words.hold(self._lane, 0)
+
+    def _follow(self) -> None:
+        target = self._words.target()
+        goal = self._goal(target)
+        if goal < self._held:
+            self._apply(goal)
+            self._held = goal
+            self._words.hold(self._lane, goal)
+        elif goal > self._held:
+            self._grow()
+        self._target = target
+        self._settled = self._held == goal
+
+    def _grow(self) -> None:
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return  # the other lane grows at this moment; the next boundary tries again
+        try:
+            target = self._words.target()
+            count = min(self._goal(target), self._room(target))
+            if count > self._held:
+                self._held = count
+                self._words.hold(self._lane, count)
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+        self._apply(self._held)
+
+    def _claim(self, count: int) -> None:
+        self._held = count
+        self._words.hold(self._lane, count)
+        self._apply(count)
+
+    def _goal(self, target: int) -> int:
+        return max(self._words.share(target, self._lane), 1)
+
+    def _room(self, target: int) -> int:
+        """Rule 3: how many cores this lane may hold now."""
+        other = 1 - self._lane
+        held = self._words.held(other)
+        mine, theirs = self._words.share(target, self._lane), self._words.share(target, other)
+        return len(self._cores) if mine and held <= theirs else len(self._cores) - held
+
+    def _apply(self, count: int) -> None:
+        """Move every thread of this process to the lane's first `count` cores, and use as many threads."""
+        if count in (0, self._applied):
+            return
+        self._applied = count
+        cores = self._cores[-count:] if self._lane else self._cores[:count]
+        for thread in thread_ids():
+            try:
+                os.sched_setaffinity(thread, cores)
+            except ProcessLookupError:
+                continue  # a pool let this thread go
+        self._set_threads(count)
+
+
+def available_cores() -> tuple[int, ...]:
+    """System numbers of the cores that this process may use: one hardware thread of each (two on one core
+    share its arithmetic units), and no more than a container's CPU quota."""
+    cores: dict[str, int] = {}
+    for number in sorted(os.sched_getaffinity(0)):
+        siblings = _read(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        cores.setdefault(siblings or str(number), number)
+    return tuple(cores.values())[: _quota()]
+
+
+def _quota() -> int | None:
+    """Cores' worth of time that the container's limit allows, rounded up; None without a limit."""
+    words = _read("/sys/fs/cgroup/cpu.max").split()
+    if len(words) != 2 or words[0] == "max":
+        return None
+    return max(1, -(-int(words[0]) // int(words[1])))
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,291 @@
+"""The CPU executor: two worker processes over one copy of the weights and one KV pool, on shares of the
+cores. Runs in the planner's process and needs no torch there.
+
+A worker's death loses nothing: weights, KV pool and slot table live in the resident, and a step that runs
+again gives the same tokens. So the lane gets a new worker, forked in milliseconds, and its batches in
+flight are sent again, in order. A batch under which two workers died fails alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from semipd.core.errors import ConfigError
+from semipd.core.ports import ExecutorLost
+from semipd.core.types import Batch, Device, Lane, Sampling, Split, StepResult
+from semipd.execute.cores import available_cores
+from semipd.execute.launch import ResidentProcess
+from semipd.execute.shared import LANES, SharedMemory
+from semipd.execute.wire import Channel, Done, Failed, Forked, Job, Start
+
+SWITCH_SECONDS = 100e-6  # moving a worker's threads to other cores
+_EARLY = 1.0  # a worker that dies idle within this many seconds of its fork died of its start
+_EARLY_DEATHS = 5  # so many in a row, and forking again is hopeless
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A submitted batch. deaths: workers that died while running it."""
+
+    batch: Batch
+    deaths: int = 0
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A lane's present worker, and what it was asked to do."""
+
+    lane: Lane
+    number: int
+    channel: Channel[Done]
+    forked_at: float
+    pid: int | None = None  # None until the resident has told it
+    flights: deque[_Flight] = field(default_factory=deque)
+    early_deaths: int = 0
+
+
+class CpuExecutor:
+    """Implements `core.ports.Executor` on the cores of this machine; a unit is a core.
+
+    model: a folder in Hugging Face format; dtype, load_format and seed as in `ModelConfig`.
+    slots, max_length, blocks, block_size: the shape of the slot table and of the KV pool.
+    cores: system numbers of the cores to use; default: all that this process may use.
+    depth: steps in flight per lane.
+
+    The constructor returns when the model is loaded and both workers exist. It raises ConfigError for a
+    setting or a folder that cannot work and ExecutorLost when the resident fails otherwise. Must be closed.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        slots: int,
+        max_length: int,
+        blocks: int,
+        block_size: int = 16,
+        dtype: str = "auto",
+        load_format: str = "auto",
+        seed: int = 0,
+        cores: Sequence[int] | None = None,
+        depth: int = 2,
+    ) -> None:
+        numbers = _check_cores(cores)
+        units = len(numbers)
+        legal = tuple((prefill, units - prefill) for prefill in range(1, units))
+        self.device = Device("cpu", units, "core", legal, depth, SWITCH_SECONDS)
+        self._lost: str | None = None
+        self._lock = threading.Lock()  # between `wake` on any thread and `close`
+        self._closed = False
+        self._workers: dict[Lane, _Worker] = {}
+        self._by_descriptor: dict[int, _Worker] = {}
+        start = Start(
+            os.fspath(model),
+            dtype,
+            load_format,
+            seed,
+            slots,
+            max_length,
+            blocks,
+            block_size,
+            numbers,
+            os.getpid(),
+            log.getEffectiveLevel(),
+        )
+        self._resources = contextlib.ExitStack()
+        try:
+            self._acquire(start)
+        except BaseException:
+            self.close()
+            raise
+
+    def processes(self) -> dict[str, int | None]:
+        """Process ids by role: "resident", and the lanes' names; None for a worker being forked."""
+        workers = {worker.lane.value: worker.pid for worker in self._workers.values()}
+        return {"resident": self._resident.pid, **workers}
+
+    def open(self, slot: int, tokens: Sequence[int], sampling: Sampling) -> None:
+        self._check()
+        self._shared.table.open(slot, tokens, sampling)
+
+    def close_slot(self, slot: int) -> None:
+        self._check()
+        self._shared.table.close(slot)
+
+    def submit(self, lane: Lane, batch: Batch) -> None:
+        self._check()
+        worker = self._workers.get(lane)
+        if worker is None:
+            raise ValueError(f"the CPU has no lane {lane.value}")
+        if batch.copies:
+            raise ValueError("lanes share one KV pool here: there is nothing to copy between")
+        if len(worker.flights) >= self.device.depth:
+            raise ValueError(f"more than {self.device.depth} steps in flight on {lane.value}")
+        self._shared.table.append(batch.appends)
+        worker.flights.append(_Flight(batch))
+        self._send(worker, batch)
+
+    def wait(self, until: float | None) -> list[StepResult]:
+        self._check()
+        results: list[StepResult] = []
+        while True:
+            woken = False
+            seconds = None if until is None else max(until - time.monotonic(), 0.0)
+            for descriptor, _ in self._events.poll(seconds):
+                if descriptor == self._alarm:
+                    os.eventfd_read(self._alarm)
+                    woken = True
+                elif (worker := self._by_descriptor.get(descriptor)) is not None:
+                    self._hear_worker(worker, results)
+                else:
+                    self._hear_resident()
+            if results or woken:
+                return results
+            self._check()
+            if until is not None and time.monotonic() >= until:
+                return results
+
+    def wake(self) -> None:
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._alarm, 1)
+
+    def resize(self, split: Split) -> None:
+        self._check()
+        if split.total != self.device.units:
+            raise ValueError(f"a split of {split.total} units on {self.device.units} cores")
+        self._shared.words.set_target(split)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for worker in self._workers.values():
+            worker.channel.close()
+        self._resources.close()
+
+    # -- within ------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ExecutorLost("the executor is closed")
+        if self._lost is not None:
+            raise ExecutorLost(self._lost)
+
+    def _acquire(self, start: Start) -> None:
+        """Make the memory and the processes; `close` gives back whatever was made."""
+        self._shared = SharedMemory.new(start.slots, start.max_length, start.block_size)
+        self._resources.callback(self._shared.close)
+        self._shared.words.set_target(Split.pair(len(start.cores), len(start.cores), len(start.cores)))
+        self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._resources.callback(os.close, self._alarm)
+        self._events = self._resources.enter_context(select.epoll())
+        self._events.register(self._alarm, select.EPOLLIN)
+        self._resident = ResidentProcess()
+        self._resources.callback(self._resident.close)
+        self._events.register(self._resident.channel.fileno(), select.EPOLLIN)
+        self._resident.load(start, self._shared.descriptor)
+        for number, lane in enumerate(LANES):
+            self._adopt(_Worker(lane, number, self._resident.fork(number), time.monotonic()))
+        while None in self.processes().values():
+            self.wait(time.monotonic() + 1.0)
+
+    def _adopt(self, worker: _Worker) -> None:
+        self._workers[worker.lane] = worker
+        self._by_descriptor[worker.channel.fileno()] = worker
+        self._events.register(worker.channel.fileno(), select.EPOLLIN)
+
+    def _send(self, worker: _Worker, batch: Batch) -> None:
+        # When the worker is dead, `wait` sees it too, and sends everything in flight again.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            worker.channel.send(Job(batch.step, batch.slices))
+
+    def _hear_resident(self) -> None:
+        """Take what the resident says; its end is the executor's."""
+        try:
+            answer = self._resident.channel.poll()
+        except EOFError:
+            self._lost = self._lost or self._resident.why_dead()
+            return
+        if isinstance(answer, Forked):
+            self._workers[LANES[answer.lane]].pid = answer.pid
+        elif isinstance(answer, Failed):
+            self._lost = answer.message
+
+    def _hear_worker(self, worker: _Worker, results: list[StepResult]) -> None:
+        """Take all that the lane has done; repair it when its worker is gone."""
+        try:
+            while (done := worker.channel.poll()) is not None:
+                flight = worker.flights.popleft()
+                assert flight.batch.step == done.step, "a worker answered out of order"
+                worker.early_deaths = 0
+                results.append(
+                    StepResult(
+                        worker.lane,
+                        done.step,
+                        done.tokens,
+                        done.started,
+                        done.finished,
+                        done.error,
+                        flight.deaths + 1,
+                    )
+                )
+        except EOFError:
+            self._repair(worker, results)
+
+    def _repair(self, worker: _Worker, results: list[StepResult]) -> None:
+        """Order a new worker and give it the batches in flight, without waiting for it to exist."""
+        now = time.monotonic()
+        self._by_descriptor.pop(worker.channel.fileno())
+        self._events.unregister(worker.channel.fileno())
+        worker.channel.close()
+        flights = worker.flights
+        if flights and flights[0].batch.step == self._shared.words.running(worker.number):
+            log.warning("the %s worker died under step %d", worker.lane.value, flights[0].batch.step)
+            flights[0].deaths += 1
+            if flights[0].deaths >= 2:
+                results.append(_poisoned(worker.lane, flights.popleft(), now))
+        elif now - worker.forked_at < _EARLY:
+            worker.early_deaths += 1
+        if worker.early_deaths >= _EARLY_DEATHS:
+            self._lost = (
+                f"{_EARLY_DEATHS} {worker.lane.value} workers in a row died as soon as they started"
+            )
+            return
+        try:
+            worker.channel = self._resident.fork(worker.number)
+        except ExecutorLost as lost:
+            self._lost = str(lost)
+            return
+        worker.pid, worker.forked_at = None, now
+        self._adopt(worker)
+        for flight in flights:
+            self._send(worker, flight.batch)
+
+
+def _poisoned(lane: Lane, flight: _Flight, now: float) -> StepResult:
+    error = f"the worker died twice under this batch (step {flight.batch.step})"
+    return StepResult(lane, flight.batch.step, (), now, now, error, flight.deaths)
+
+
+def _check_cores(cores: Sequence[int] | None) -> tuple[int, ...]:
+    if sys.platform != "linux":
+        raise ConfigError(f"the CPU executor needs Linux, not {sys.platform}")
+    if cores is None:
+        return available_cores()
+    chosen = tuple(sorted(set(cores)))
+    if not chosen or not set(chosen) <= os.sched_getaffinity(0):
+        raise ConfigError(f"cores {list(cores)} are not among those that this process may use")
+    return chosen

@@ -1,0 +1,166 @@
+"""The resident: a small single-threaded process that loads and packs the weights, maps the KV pool, and
+then only forks, waits and forks again. Its workers share every page of both without a copy.
+
+It must never start a thread: a fork copies only the thread that forks, so a pool's locks and queues would
+reach the workers broken. It never runs the model either.
+
+It ends when told to, when its socket closes, or when its parent dies. While it loads, and cannot listen,
+the kernel watches the parent for it (PR_SET_PDEATHSIG); later the socket and a pidfd do, because that
+signal also comes when only the *thread* that started the resident ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import logging
+import mmap
+import os
+import select
+import signal
+import socket
+from dataclasses import dataclass
+
+import setproctitle
+import torch
+
+from semipd.core.errors import ConfigError
+from semipd.execute.linux import die_with_parent, outlive_parent, thread_ids
+from semipd.execute.shared import LANES, SharedMemory
+from semipd.execute.wire import Channel, Close, Failed, Fork, Forked, Job, Order, Ready, Start
+from semipd.execute.worker import Storage, work
+from semipd.model.dense import load_model
+
+log = logging.getLogger(__name__)
+
+
+def main(descriptor: int) -> None:
+    """Serve the parent over the socket with this descriptor until it closes."""
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setproctitle.setproctitle("semipd-resident")
+    channel: Channel[Order] = Channel(socket.socket(fileno=descriptor), Order)
+    try:
+        start, (memory,) = channel.receive_with_descriptors()
+        assert isinstance(start, Start)
+        die_with_parent(start.parent)
+        logging.basicConfig(level=start.log_level, format="%(levelname)s %(name)s: %(message)s")
+        storage = _load(start, memory, channel)
+        if storage is not None:
+            outlive_parent()
+            channel.send(Ready())
+            Resident(channel, storage, start.parent).serve()
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone: nobody to tell
+    finally:
+        channel.close()
+
+
+def _load(start: Start, memory: int, channel: Channel[Order]) -> Storage | None:
+    """Everything that workers share, or None after telling the parent why not."""
+    torch.set_num_threads(1)
+    try:
+        model = load_model(start.model, dtype=start.dtype, load_format=start.load_format, seed=start.seed)
+        shared = SharedMemory(memory, start.slots, start.max_length, start.block_size)
+        pool = kv_pool(model.kv_shape(start.blocks, start.block_size), model.dtype)
+    except ConfigError as error:
+        channel.send(Failed(str(error), config=True))
+        return None
+    except Exception as error:
+        log.exception("loading %s failed", start.model)
+        channel.send(Failed(f"loading {start.model} failed: {type(error).__name__}: {error}"))
+        return None
+    if len(thread_ids()) > 1:
+        channel.send(Failed("loading the model started a thread in the resident; workers cannot be forked"))
+        return None
+    gc.collect()
+    gc.freeze()  # later collections, in any worker, do not write to these pages
+    return Storage(model, shared, pool, start.cores)
+
+
+def kv_pool(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in anonymous shared memory, which forked processes share for writing. Takes memory when
+    touched, not when made."""
+    count = 1
+    for size in shape:
+        count *= size
+    descriptor = os.memfd_create("semipd-kv")
+    try:
+        nbytes = count * dtype.itemsize
+        os.ftruncate(descriptor, nbytes)
+        buffer = mmap.mmap(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+
+
+@dataclass
+class Resident:
+    """Forks a worker per lane, as often as asked to."""
+
+    channel: Channel[Order]
+    storage: Storage
+    parent: int
+
+    def __post_init__(self) -> None:
+        self._workers: dict[int, int] = {}  # process id by lane
+
+    def serve(self) -> None:
+        """Until told to end, or the parent is gone."""
+        events = select.poll()
+        events.register(self.channel.fileno(), select.POLLIN)
+        try:
+            watch = os.pidfd_open(self.parent)
+        except OSError:  # an old kernel, or a sandbox: the socket's end must do
+            watch = -1
+        else:
+            events.register(watch, select.POLLIN)
+        try:
+            while all(descriptor != watch for descriptor, _ in events.poll()):
+                order, descriptors = self.channel.receive_with_descriptors()
+                if isinstance(order, Close):
+                    return
+                assert isinstance(order, Fork)
+                self._fork(order.lane, descriptors[0])
+        finally:
+            for lane in list(self._workers):
+                self._end(lane)
+
+    def _fork(self, lane: int, descriptor: int) -> None:
+        self._end(lane)
+        self.storage.shared.words.hold(lane, 0)
+        resident = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.channel.send(Failed(f"the resident could not fork a worker: {error}"))
+            raise EOFError("cannot fork") from error
+        if pid == 0:
+            self._be_worker(lane, descriptor, resident)
+        os.close(descriptor)
+        self._workers[lane] = pid
+        self.channel.send(Forked(lane, pid))
+
+    def _end(self, lane: int) -> None:
+        """Make sure that the lane's worker is dead, and reap it."""
+        pid = self._workers.pop(lane, None)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def _be_worker(self, lane: int, descriptor: int, resident: int) -> None:
+        """In the fork. Does not return."""
+        code = 1
+        try:
+            self.channel.close()
+            setproctitle.setproctitle(f"semipd-{LANES[lane].value}")
+            die_with_parent(resident)
+            jobs: Channel[Job] = Channel(socket.socket(fileno=descriptor), Job)
+            work(lane, jobs, self.storage)
+            code = 0
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            code = 0  # the planner or the resident is gone
+        except BaseException:
+            log.exception("the %s worker ends", LANES[lane].value)
+        finally:
+            os._exit(code)

@@ -1,0 +1,57 @@
+"""A worker: runs the batches of one lane, one after another, on that lane's cores."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+from semipd.execute.cores import Share
+from semipd.execute.linux import keep_freed_memory
+from semipd.execute.runner import Runner
+from semipd.execute.shared import SharedMemory
+from semipd.execute.wire import Channel, Done, Job
+from semipd.model.dense import DenseModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What workers share and outlives them. cores: system numbers of the device's units."""
+
+    model: DenseModel
+    shared: SharedMemory
+    pool: torch.Tensor
+    cores: tuple[int, ...]
+
+
+def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
+    """Run jobs until the other end closes (EOFError). A failed job is answered with its error."""
+    keep_freed_memory()
+    shared = storage.shared
+    share = Share(shared.words, lane, storage.cores, shared.descriptor, torch.set_num_threads)
+    runner = Runner(storage.model, shared.table, storage.pool)
+    with torch.inference_mode():
+        while True:
+            job = jobs.poll()
+            if job is None:
+                share.give_back()
+                job = jobs.receive()
+            share.take()
+            shared.words.run(lane, job.step)
+            jobs.send(_run(job, runner, share))
+
+
+def _run(job: Job, runner: Runner, share: Share) -> Done:
+    started = time.monotonic()
+    try:
+        tokens = tuple(runner.run(job.slices, share.boundary))
+    except (ValueError, FloatingPointError) as error:  # what the runner says of the batch itself
+        return Done(job.step, (), started, time.monotonic(), str(error))
+    except Exception as error:
+        log.exception("step %d failed", job.step)
+        return Done(job.step, (), started, time.monotonic(), f"{type(error).__name__}: {error}")
+    return Done(job.step, tokens, started, time.monotonic())
