@@ -23,7 +23,7 @@ class Aggressive:
     """Admit when the prompt fits and every decoding request could still take one more block."""
 
     def may_enter(self, request: Request, live: Live, kv: KVManager) -> bool:
-        holders = len(live.prefilling) + len(live.decoding)
+        holders = live.holding
         return not holders or kv.available >= _blocks(request.known, kv) + holders
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+
 from semipd.core.admission import Admission
 from semipd.core.live import Live
 from semipd.core.ports import KVManager
-from semipd.core.types import Lane, Request, Slice
+from semipd.core.types import Lane, Request, Slice, Stage
+
+Order = Callable[[Request], float]
 
 
 def decode_slices(live: Live, kv: KVManager, limit: int) -> list[Slice]:
@@ -34,28 +39,72 @@ def decode_slices(live: Live, kv: KVManager, limit: int) -> list[Slice]:
 
 
 def prefill_slices(
-    live: Live, kv: KVManager, lane: Lane, tokens: int, admission: Admission, longest: int = 0
+    live: Live,
+    kv: KVManager,
+    lane: Lane,
+    tokens: int,
+    admission: Admission,
+    *,
+    longest: int = 0,
+    order: Order | None = None,
 ) -> list[Slice]:
-    """Prompt positions worth at most `tokens`: started prompts first, then waiting ones in order.
+    """Prompt positions worth at most `tokens`.
 
+    Without an order, started prompts go first, then waiting ones as they came; with one, the least key.
     A prompt is admitted only with blocks for all of it, so a started prompt can always go on.
     longest: at most this many tokens of one prompt (0: no limit).
     """
     slices: list[Slice] = []
     piece = longest or tokens
-    for request in live.prefilling:
+    blocked = False
+    for request in _queue(live, order):
         if tokens <= 0:
-            return slices
-        if request.in_flight and request.lane is not lane:
+            break
+        if request.stage is Stage.WAITING:
+            # When one cannot enter, none behind it may, or the large ones would starve.
+            blocked = blocked or not _enter(live, kv, request, admission)
+            if blocked:
+                continue
+        elif request.in_flight and request.lane is not lane:
             continue
         tokens -= _add_prefill(slices, request, min(tokens, piece))
-    while tokens > 0 and live.waiting and live.has_free_slot:
-        request = live.waiting[0]
-        if not admission.may_enter(request, live, kv) or not kv.reserve(request, request.known):
-            break
-        live.admit(request)
-        tokens -= _add_prefill(slices, request, min(tokens, piece))
     return slices
+
+
+def transfer_slices(live: Live, target: KVManager) -> list[Slice]:
+    """The next request whose blocks move to the decode pool; its target blocks reserved. The prefix that
+    the decode pool already knows is not copied."""
+    for request in live.transferring:
+        if request.in_flight == 0:
+            twin = copy.copy(request)
+            twin.blocks, twin.published, twin.pool = [], 0, None
+            if not target.reserve(twin, request.computed):
+                return []
+            request.incoming = twin
+            return [Slice(request.slot, twin.computed, request.computed - twin.computed, False)]
+    return []
+
+
+def _queue(live: Live, order: Order | None) -> Iterator[Request]:
+    """Prompts in the order in which they should run. Admitting the yielded one is allowed."""
+    if order is not None:
+        yield from sorted([*live.prefilling, *live.waiting], key=order)
+        return
+    yield from list(live.prefilling)
+    while live.waiting:
+        head = live.waiting[0]
+        yield head
+        if live.waiting and live.waiting[0] is head:
+            return
+
+
+def _enter(live: Live, kv: KVManager, request: Request, admission: Admission) -> bool:
+    if not live.has_free_slot or not admission.may_enter(request, live, kv):
+        return False
+    if not kv.reserve(request, request.known):
+        return False
+    live.admit(request)
+    return True
 
 
 def _add_prefill(slices: list[Slice], request: Request, tokens: int) -> int:
@@ -70,13 +119,13 @@ def _make_room(live: Live, kv: KVManager, request: Request, upto: int) -> bool:
     """Preempt the youngest holders that nothing pins until `request` fits; False if it must wait, either
     because only pinned requests are left or because it was itself the youngest."""
     while not kv.reserve(request, upto):
-        victims = [holder for holder in live.holders() if not holder.in_flight]
+        victims = [holder for holder in live.holders() if not holder.in_flight and holder.pool is kv]
         victim = max(victims, key=_age_order)
         if victim is request and live.in_flight:
             return False  # others run and will give blocks back; recomputing this one would only cost
-        if len(live.prefilling) + len(live.decoding) == 1:
+        if live.holding == 1:
             raise AssertionError(f"request {request.id} does not fit the pool alone")
-        live.preempt(victim, kv)
+        live.preempt(victim)
         if victim is request:
             return False
     return True

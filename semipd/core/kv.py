@@ -21,15 +21,16 @@ class BlockPool:
     `reserve` checks and takes in one call, so two phases can never be promised the same block.
     """
 
-    def __init__(self, total: int, block_size: int, prefix_cache: bool = True) -> None:
+    def __init__(self, total: int, block_size: int, prefix_cache: bool = True, first: int = 0) -> None:
+        """first: id of the first block, so that two pools can name parts of one storage."""
         if total < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks and tokens, not {total} of {block_size}")
         self.total = total
         self.block_size = block_size
         self._prefix_cache = prefix_cache
-        self._free = list(range(total - 1, -1, -1))
-        self._references = [0] * total
-        self._key_of: list[bytes | None] = [None] * total
+        self._free = list(range(first + total - 1, first - 1, -1))
+        self._references = dict.fromkeys(self._free, 0)
+        self._key_of: dict[int, bytes | None] = dict.fromkeys(self._free)
         self._block_of: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # unheld but indexed; oldest first
         self.queried_tokens = 0
@@ -85,18 +86,19 @@ class BlockPool:
                     self._cached[block] = None
         request.blocks = []
         request.published = 0
+        request.pool = None
 
     def check(self) -> None:
         """Raise AssertionError unless every block is in exactly one state."""
-        held = {block for block, count in enumerate(self._references) if count > 0}
+        held = {block for block, count in self._references.items() if count > 0}
         free, cached = set(self._free), set(self._cached)
-        assert all(count >= 0 for count in self._references), "negative reference count"
+        assert all(count >= 0 for count in self._references.values()), "negative reference count"
         assert len(free) == len(self._free), "a block is free twice"
         assert not (held & free or held & cached or free & cached), "a block is in two states"
         assert len(held) + len(free) + len(cached) == self.total, "a block is lost"
         assert all(self._key_of[block] is None for block in free), "a free block is still indexed"
         assert {block for key, block in self._block_of.items() if self._key_of[block] == key} == {
-            block for block, key in enumerate(self._key_of) if key is not None
+            block for block, key in self._key_of.items() if key is not None
         }, "the index and the blocks disagree"
 
     def _enter(self, request: Request, wanted: int) -> bool:
@@ -110,6 +112,7 @@ class BlockPool:
                 del self._cached[block]
             self._references[block] += 1
         request.blocks = hits + [self._take() for _ in range(missing)]
+        request.pool = self
         request.published = len(hits)
         request.computed = request.planned = len(hits) * self.block_size
         self.queried_tokens += request.known

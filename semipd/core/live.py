@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from semipd.core.ports import KVManager
 from semipd.core.types import Batch, Lane, Request, Split, Stage, Work
 
 
@@ -25,15 +24,17 @@ class Flight:
 
 
 class Live:
-    """Requests that are not finished, in three queues; each request is in exactly one.
+    """Requests that are not finished, in four queues; each request is in exactly one.
 
     waiting: no slot, no blocks; oldest first (a preempted request returns to the front).
-    prefilling: slot and blocks, prompt not fully computed. decoding: the rest.
+    prefilling: slot and blocks, prompt not fully computed. transferring: prompt computed, blocks in the
+    prefill pool (only with two pools). decoding: the rest.
     """
 
     def __init__(self, max_sequences: int, lanes: frozenset[Lane]) -> None:
         self.waiting: deque[Request] = deque()
         self.prefilling: dict[Request, None] = {}
+        self.transferring: dict[Request, None] = {}
         self.decoding: dict[Request, None] = {}
         self.flights: dict[Lane, deque[Flight]] = {lane: deque() for lane in lanes}
         self.by_slot: dict[int, Request] = {}
@@ -43,7 +44,12 @@ class Live:
         self._free_slots = list(range(max_sequences - 1, -1, -1))
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.prefilling) + len(self.decoding)
+        return len(self.waiting) + self.holding
+
+    @property
+    def holding(self) -> int:
+        """Requests that hold a slot and blocks."""
+        return len(self.prefilling) + len(self.transferring) + len(self.decoding)
 
     def busy(self, lane: Lane) -> bool:
         """Whether any step is in flight on the lane."""
@@ -60,6 +66,7 @@ class Live:
     def holders(self) -> Iterator[Request]:
         """Requests that hold blocks, oldest admission first within each stage."""
         yield from self.prefilling
+        yield from self.transferring
         yield from self.decoding
 
     def admit(self, request: Request) -> None:
@@ -70,40 +77,46 @@ class Live:
         self.by_slot[request.slot] = request
         self.prefilling[request] = None
 
-    def start_decoding(self, request: Request) -> None:
-        del self.prefilling[request]
-        request.stage = Stage.DECODE
-        self.decoding[request] = None
-
-    def leave(self, request: Request) -> None:
-        """Take the request out of its queue. It keeps its slot and blocks (steps may be in flight)."""
+    def move(self, request: Request, stage: Stage) -> None:
+        """Take the request from its queue into another one (into none when it is finished). It keeps its
+        slot and blocks: steps may be in flight."""
         if request.stage is Stage.WAITING:
             self.waiting.remove(request)
-        elif request.stage is Stage.PREFILL:
-            del self.prefilling[request]
-        elif request.stage is Stage.DECODE:
-            del self.decoding[request]
+        else:
+            del self._queue(request.stage)[request]
+        request.stage = stage
+        if stage is not Stage.FINISHED:
+            self._queue(stage)[request] = None
 
-    def free(self, request: Request, kv: KVManager) -> None:
+    def free(self, request: Request) -> None:
         """Give back slot and blocks of a request with nothing in flight."""
         if request.in_flight:
             raise AssertionError(f"request {request.id} is pinned by a step in flight")
+        for holder in (request, request.incoming):
+            if holder is not None and holder.pool is not None:
+                holder.pool.release(holder)
+        request.incoming = None
         if request.slot >= 0:
-            kv.release(request)
             del self.by_slot[request.slot]
             self._free_slots.append(request.slot)
-            if request.blocks_sent:
+            if request.opened:
                 self.closed_slots.append(request.slot)
             request.slot = -1
+            request.opened = False
             request.blocks_sent = 0
 
-    def preempt(self, request: Request, kv: KVManager) -> None:
+    def preempt(self, request: Request) -> None:
         """Send a request with nothing in flight back to the head of the queue, to be recomputed from its
         prompt and the tokens it has produced."""
-        self.leave(request)
-        self.free(request, kv)
+        del self._queue(request.stage)[request]
+        self.free(request)
         request.stage = Stage.WAITING
         request.planned = request.computed = 0
         request.preemptions += 1
         self.waiting.appendleft(request)
         self.preempted.append(request)
+
+    def _queue(self, stage: Stage) -> dict[Request, None]:
+        if stage is Stage.PREFILL:
+            return self.prefilling
+        return self.decoding if stage is Stage.DECODE else self.transferring

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from semipd.core.admission import Admission, Aggressive
-from semipd.core.batching import decode_slices, prefill_slices
+from semipd.core.batching import decode_slices, prefill_slices, transfer_slices
 from semipd.core.live import Live
-from semipd.core.partition import Window
+from semipd.core.partition import Window, WindowCollector
 from semipd.core.ports import Controller, KVManager
-from semipd.core.types import Lane, Plan, Slice, Split
+from semipd.core.types import Event, Lane, Plan, Slice, Split
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,17 @@ class SemiPD:
     def __init__(self, limits: Limits, controller: Controller) -> None:
         self._limits = limits
         self._controller = controller
+        self._windows = WindowCollector()
         self._split = controller.split(Window(), Split.lone(Lane.DECODE, limits.units))
+
+    def __call__(self, event: Event) -> None:
+        """Observe: the controller decides from windows of what happened."""
+        self._windows.add(event)
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
         limits = self._limits
+        if (window := self._windows.close(self._split, now)) is not None:
+            self._split = self._controller.split(window, self._split)
         slices: dict[Lane, Sequence[Slice]] = {}
         if Lane.DECODE in idle and live.decoding:
             slices[Lane.DECODE] = decode_slices(live, kv[Lane.DECODE], limits.batch)
@@ -105,6 +112,27 @@ class Chunked:
             Lane.DECODE,
             self._chunk_tokens - len(slices),
             limits.admission,
-            self._long_prompt,
+            longest=self._long_prompt,
         )
         return Plan(split, {Lane.DECODE: slices})
+
+
+class Disaggregated:
+    """The baseline that semi-PD replaces: two devices (or two halves of one) with a KV pool each, and every
+    prompt's KV copied from one to the other. `split` is what each side owns, always."""
+
+    def __init__(self, limits: Limits, split: Split) -> None:
+        self._limits, self._split = limits, split
+
+    def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
+        limits = self._limits
+        slices: dict[Lane, Sequence[Slice]] = {}
+        if Lane.DECODE in idle and live.decoding:
+            slices[Lane.DECODE] = decode_slices(live, kv[Lane.DECODE], limits.batch)
+        if Lane.TRANSFER in idle and live.transferring:
+            slices[Lane.TRANSFER] = transfer_slices(live, kv[Lane.DECODE])
+        if Lane.PREFILL in idle and not live.busy(Lane.PREFILL):
+            slices[Lane.PREFILL] = prefill_slices(
+                live, kv[Lane.PREFILL], Lane.PREFILL, limits.prefill_tokens, limits.admission
+            )
+        return Plan(self._split, slices)

@@ -11,7 +11,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from semipd.core.ports import KVManager
 
 
 class Lane(enum.Enum):
@@ -90,8 +93,11 @@ class Request:
 
     stage: Stage = Stage.WAITING
     slot: int = -1
+    opened: bool = False  # whether the executor knows the slot
+    pool: KVManager | None = None  # whose `blocks` are
     blocks: list[int] = field(default_factory=list)
     blocks_sent: int = 0  # how many of `blocks` the executor has been told of
+    incoming: Request | None = None  # a twin that holds the blocks this one is being copied to
     planned: int = 0  # positions whose computation was submitted
     computed: int = 0  # positions whose computation was applied
     published: int = 0  # blocks offered to the prefix index
@@ -214,6 +220,7 @@ class Plan:
 
     split: Split
     slices: Mapping[Lane, Sequence[Slice]]
+    until: float | None = None  # ask again at this time, even if nothing happens before
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from semipd.core.engine import Engine
 from semipd.core.keys import ROOT, block_keys
 from semipd.core.kv import BlockPool
 from semipd.core.partition import Shared, Static
-from semipd.core.policies import Chunked, Limits, PrefillFirst, SemiPD
+from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
 from semipd.core.ports import Policy
-from semipd.core.types import Event, Finished, Lane, Request, Sampling, Tokens
+from semipd.core.types import Event, Finished, Lane, Request, Sampling, Split, Tokens
 from tests.execute.fake import FakeExecutor, continuation
 
-POLICIES = ("static", "shared", "prefill-first", "chunked-3", "chunked-16", "chunked-long")
+POLICIES = ("static", "shared", "prefill-first", "chunked-3", "chunked-16", "chunked-long", "disaggregated")
 
 
 def make_policy(name: str, units: int = 2, admission: Admission | None = None) -> Policy:
@@ -26,6 +26,8 @@ def make_policy(name: str, units: int = 2, admission: Admission | None = None) -
             return SemiPD(limits, Shared(units))
         case "prefill-first":
             return PrefillFirst(limits)
+        case "disaggregated":
+            return Disaggregated(limits, Split.pair(1, units - 1, units))
         case "chunked-long":
             return Chunked(limits, 16, long_prompt=4)
         case _:
@@ -69,11 +71,15 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.executor = FakeExecutor(self.blocks, depth=self.depth)
-        self.pool = BlockPool(self.blocks, 4)
+        if self.policy == "disaggregated":  # each side gets a pool of its own, as large
+            self.executor = FakeExecutor(2 * self.blocks, depth=self.depth)
+            self.pools = [BlockPool(self.blocks, 4), BlockPool(self.blocks, 4, first=self.blocks)]
+        else:
+            self.pools = [BlockPool(self.blocks, 4)]
         self.engine = Engine(
             self.executor,
             make_policy(self.policy, admission=self.admission),
-            {Lane.PREFILL: self.pool, Lane.DECODE: self.pool},
+            {Lane.PREFILL: self.pools[0], Lane.DECODE: self.pools[-1]},
             self.executor.clock,
             max_sequences=self.max_sequences,
             max_length=1000,
@@ -86,9 +92,13 @@ class Bench:
             if self.engine.idle:
                 break
             self.engine.step(self.executor.clock.now() + 1.0)
-            self.pool.check()
+            self.check()
         assert self.engine.idle, "the engine did not finish"
         self.engine.check_idle()
+
+    def check(self) -> None:
+        for pool in self.pools:
+            pool.check()
 
     def outputs(self) -> dict[str, list[int]]:
         """Tokens by request, as the events told them."""

@@ -153,6 +153,15 @@ def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:
     assert bench.finished()["stopped"].finish_reason is FinishReason.STOP
 
 
+def test_disaggregated_copies_what_the_decode_pool_lacks() -> None:
+    bench = Bench("disaggregated")
+    for name in ("first", "second"):
+        bench.engine.add(make_request(name, list(range(40)), 3))
+        bench.run()
+    transfers = [e.batch for e in bench.events if isinstance(e, Launched) and e.lane is Lane.TRANSFER]
+    assert [len(batch.copies) for batch in transfers] == [10, 0]
+
+
 @pytest.mark.parametrize("after", range(12))
 def test_an_abort_frees_everything_at_any_moment(after: int) -> None:
     bench = Bench("static")
@@ -251,7 +260,7 @@ def test_whatever_happens_tokens_are_right_and_nothing_leaks(
                 bench.executor.kill(lane)
         else:
             bench.engine.step(bench.executor.clock.now() + 0.01)
-            bench.pool.check()
+            bench.check()
     for request in pending:
         bench.engine.add(request)
     bench.run()

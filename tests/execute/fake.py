@@ -31,7 +31,7 @@ def continuation(prompt: Sequence[int], count: int, seed: int = 0) -> list[int]:
 
 def fake_device(depth: int = 2, units: int = 2) -> Device:
     splits = tuple((prefill, units - prefill) for prefill in range(1, units))
-    return Device("fake", units, "core", splits, depth)
+    return Device("fake", units, "core", splits, depth, lanes=frozenset(Lane))
 
 
 class FakeExecutor(SimExecutor):
@@ -66,6 +66,11 @@ class FakeExecutor(SimExecutor):
 
     def _run(self, batch: Batch) -> tuple[int, ...]:
         produced = []
+        for source, target in batch.copies:
+            assert None not in self.cache[source][:1], "copied a block that nobody wrote"
+            self.cache[target] = list(self.cache[source])
+        if batch.copies:
+            return ()
         for slot, start, count, sample in batch.slices:
             table, tokens = self.tables[slot], self.tokens[slot]
             for position in range(start, start + count):
