@@ -52,7 +52,7 @@ class Setting:
     """What a field's value may be, and what to tell the user about it."""
 
     help: str
-    kind: str = "text"  # text, size, integer, seconds, choice, flag
+    kind: str = "text"  # text, size, integer, number, seconds, choice, flag
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
@@ -203,6 +203,10 @@ def _convert(value: Any, setting: Setting) -> Any:
             if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
                 raise ConfigError(f"{value!r} is not a whole number")
             return int(value)
+        case "number":
+            if isinstance(value, bool):
+                raise ConfigError(f"{value!r} is not a number")
+            return float(value)
         case "flag":
             if isinstance(value, bool):
                 return value
