@@ -1,0 +1,172 @@
+"""Messages to token ids by the model's own chat template, in a sandbox.
+
+A template's special tokens are meant; the same characters in a message are not (CVE-2026-44222). So before
+rendering, every special token that a message spells is replaced by a mark that no client can guess, and
+after rendering, text around the template's special tokens is encoded as plain characters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from semipd.core.errors import ConfigError, Refused
+from semipd.serve.tokenizer import Tokenizer
+
+Message = Mapping[str, str]  # role and content
+
+
+class ChatTemplate:
+    """A model's chat template, compiled once. Safe to use from several threads."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template has an error on line {error.lineno}: {error}") from None
+        self._tokenizer = tokenizer
+        # Longest first, so that a token that begins with another is seen whole.
+        texts = sorted(tokenizer.special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        self._special_ids = frozenset(tokenizer.special.values())
+        self._names = {
+            name: text
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if (text := tokenizer.named_special(name)) is not None
+        }
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of the rendered conversation. Raises Refused when the template refuses the messages."""
+        mark = f"\ue000{secrets.token_hex(8)}:"
+        hidden: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match[0])
+            return f"{mark}{len(hidden) - 1}\ue001"
+
+        safe = [
+            {key: self._special.sub(hide, text) for key, text in message.items()} for message in messages
+        ]
+        text = self._render(safe, add_generation_prompt)
+        if not hidden:
+            ids = self._tokenizer.encode_trusted(text)
+            if self._specials_in(ids) == self._specials_of(text):
+                return ids
+        return self._encode_marked(text, re.compile(mark + "([0-9]+)\ue001"), hidden)
+
+    def _specials_in(self, ids: Sequence[int]) -> list[int]:
+        return [index for index in ids if index in self._special_ids]
+
+    def _specials_of(self, text: str) -> list[int]:
+        """Those that the text spells out. Encoding may find more: a normaliser can make one of others."""
+        return [self._tokenizer.special[found] for found in self._special.findall(text)]
+
+    def _encode_marked(self, text: str, mark: re.Pattern[str], hidden: Sequence[str]) -> list[int]:
+        ids: list[int] = []
+        end = 0
+        for match in [*self._special.finditer(text), None]:
+            plain = text[end : match.start()] if match else text[end:]
+            if plain:
+                plain = mark.sub(lambda found: hidden[int(found[1])], plain)
+                ids += self._tokenizer.encode(plain, add_special=False)
+            if match:
+                ids.append(self._tokenizer.special[match[0]])
+                end = match.end()
+        return ids
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._names,
+            )
+        except TemplateError as error:
+            raise Refused(f"the chat template refused the messages: {error}", "messages") from None
+        except Exception as error:  # whatever a template's own code raises is about these messages
+            text = f"the chat template failed on the messages: {type(error).__name__}: {error}"
+            raise Refused(text, "messages") from None
+
+
+def load_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template in chat_template.jinja or tokenizer_config.json; None for a model without one."""
+    source = _template_source(folder, tokenizer.config)
+    return ChatTemplate(source, tokenizer) if source is not None else None
+
+
+def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from None
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    return source if isinstance(source, str) else None
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as the field's templates expect it: trimmed blocks, break and continue, a few functions."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _now
+    environment.globals["namespace"] = _SafeNamespace
+    return environment
+
+
+class _SafeNamespace(Namespace):
+    """Without names that begin with an underscore, through which a template could reach the interpreter."""
+
+    def __init__(*arguments: Any, **values: Any) -> None:
+        given = dict(*arguments[1:], **values)
+        for name in given:
+            _check_name(name)
+        Namespace.__init__(arguments[0], given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if str(name).startswith("_"):
+        raise TemplateError(f"a namespace cannot hold {name!r}")
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own, does not escape HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,0 +1,115 @@
+"""The engine's process: the planner on its main thread, a thread that reads, a thread that writes.
+
+Started by `process_link` as a fresh interpreter. No torch in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import setproctitle
+
+from semipd.build import build_engine
+from semipd.config import Config, from_mapping
+from semipd.core.engine import Engine
+from semipd.core.ports import Observer
+from semipd.serve.messages import (
+    Abort,
+    Ask,
+    Down,
+    Start,
+    Submit,
+    Unframer,
+    Up,
+    decode_down,
+    frame,
+)
+from semipd.serve.planner import Planner
+
+_PR_SET_PDEATHSIG = 1
+_RECEIVE_BYTES = 1 << 18
+
+
+def main(
+    arguments: Sequence[str],
+    build: Callable[[Config, Sequence[Observer]], Engine] = build_engine,
+) -> None:
+    """arguments: the number of the socket's file descriptor, open in this process."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setproctitle.setproctitle("semipd-engine")
+    with socket.socket(fileno=int(arguments[0])) as connection:
+        serve(connection, build)
+
+
+def serve(
+    connection: socket.socket, build: Callable[[Config, Sequence[Observer]], Engine] = build_engine
+) -> None:
+    """Run an engine for whoever is at the other end, until they close or are gone."""
+    incoming = _messages(connection)
+    start = next(incoming, None)
+    if not isinstance(start, Start):
+        return
+    config = from_mapping({name: value for part in start.settings.values() for name, value in part.items()})
+    logging.basicConfig(
+        level=config.server.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    planner = Planner(lambda observers: build(config, observers))
+    outgoing: queue.SimpleQueue[Up | None] = queue.SimpleQueue()
+    planner.listen(lambda message: outgoing.put(message))
+    threading.Thread(target=_read, args=(incoming, planner), name="reader", daemon=True).start()
+    writer = threading.Thread(target=_write, args=(connection, outgoing), name="writer", daemon=True)
+    writer.start()
+    planner.run()
+    outgoing.put(None)
+    writer.join()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that started it ends."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        os._exit(1)
+
+
+def _messages(connection: socket.socket) -> Iterator[Down]:
+    unframer = Unframer()
+    with contextlib.suppress(OSError):
+        while data := connection.recv(_RECEIVE_BYTES):
+            for body in unframer.feed(data):
+                yield decode_down(body)
+
+
+def _read(incoming: Iterator[Down], planner: Planner) -> None:
+    for message in incoming:
+        if isinstance(message, Submit):
+            planner.submit(message)
+        elif isinstance(message, Abort):
+            planner.abort(message)
+        elif isinstance(message, Ask):
+            planner.ask()
+        else:
+            break
+    planner.close()
+
+
+def _write(connection: socket.socket, outgoing: queue.SimpleQueue[Up | None]) -> None:
+    with contextlib.suppress(OSError):
+        while (message := outgoing.get()) is not None:
+            connection.sendall(frame(message))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

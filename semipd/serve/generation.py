@@ -1,0 +1,151 @@
+"""From a prompt and parameters to requests, and from their tokens to text: what server and `LLM` share."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from array import array
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from semipd.core import keys
+from semipd.core.errors import Refused
+from semipd.core.types import Sampling
+from semipd.serve.messages import EngineInfo, Submit
+from semipd.serve.model_folder import ModelFolder
+from semipd.serve.params import SamplingParams
+from semipd.serve.session import Session
+from semipd.serve.text import Delta, TextStream
+from semipd.serve.tokenizer import Tokenizer
+
+_WORD = 2**64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Requests ready to be submitted. Prompt p's choice c is request p * params.n + c."""
+
+    submits: list[Submit]
+    params: list[SamplingParams]  # of each request, complete
+    prompt_tokens: int  # of all prompts, each counted once
+
+
+class RequestMaker:
+    """Checks prompts against a model and an engine, and makes requests of them."""
+
+    def __init__(self, model: ModelFolder, seed: int = 0, prefix_cache: bool = True) -> None:
+        self._model = model
+        self._prefix_cache = prefix_cache
+        self._seed = seed
+        self._seeded = itertools.count(1)  # its next() is atomic: plans are made on several threads
+
+    def plan(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        engine: EngineInfo,
+        cache_salt: str | None = None,
+        arrived: float | None = None,
+    ) -> Plan:
+        """One request per prompt and choice. arrived: time.monotonic() at its arrival (default: now).
+
+        Raises Refused, naming the field, for what can never be served."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        age = time.monotonic() - arrived if arrived is not None else 0.0
+        submits: list[Submit] = []
+        complete: list[SamplingParams] = []
+        for ids, asked in zip(prompts, each, strict=True):
+            whole = self._model.defaults.fill(asked)
+            submits += self._choices(ids, whole, engine, cache_salt, age)
+            complete += [whole] * whole.n
+        return Plan(submits, complete, sum(map(len, prompts)))
+
+    def _choices(
+        self, ids: Sequence[int], params: SamplingParams, engine: EngineInfo, salt: str | None, age: float
+    ) -> list[Submit]:
+        most = self._max_tokens(ids, params, engine.limit)
+        stop_tokens = self._stop_tokens(params)
+        sampling = Sampling(
+            temperature=float(params.temperature or 0.0),
+            top_p=float(1.0 if params.top_p is None else params.top_p),
+            top_k=max(params.top_k or 0, 0),
+            min_p=float(params.min_p or 0.0),
+            ban_until=len(ids) + min(params.min_tokens, most) if params.min_tokens else 0,
+            ban_tokens=stop_tokens if params.min_tokens else (),
+        )
+        root = keys.root(salt) if self._prefix_cache else None
+        chain = keys.block_keys(ids, engine.block_size, root) if root is not None else []
+        first = Submit(
+            id="",
+            prompt=array("i", ids).tobytes(),
+            max_tokens=most,
+            sampling=sampling,
+            stop_tokens=stop_tokens,
+            min_tokens=params.min_tokens,
+            keys=b"".join(chain),
+            salt=root,
+            age=age,
+        )
+        seed = mix(self._seed, next(self._seeded)) if params.seed is None else params.seed
+        return [_with_seed(first, mix(seed, choice) if choice else seed) for choice in range(params.n)]
+
+    def _max_tokens(self, ids: Sequence[int], params: SamplingParams, limit: int) -> int:
+        if not len(ids):
+            raise Refused("the prompt is empty", "prompt")
+        if min(ids) < 0 or max(ids) >= self._model.vocabulary:
+            raise Refused(
+                f"the prompt has token ids outside 0 to {self._model.vocabulary - 1}, the vocabulary",
+                "prompt",
+            )
+        room = limit - len(ids)
+        if room < 1:
+            raise Refused(
+                f"the prompt has {len(ids)} tokens; with one token of output the limit is {limit}", "prompt"
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise Refused(
+                f"max_tokens is {params.max_tokens}, but after a prompt of {len(ids)} tokens the limit of "
+                f"{limit} leaves {room}",
+                "max_tokens",
+            )
+        return room if params.max_tokens is None else params.max_tokens
+
+    def _stop_tokens(self, params: SamplingParams) -> tuple[int, ...]:
+        for token in params.stop_token_ids:
+            if token >= self._model.vocabulary:
+                raise Refused(f"stop token {token} is not in the vocabulary", "stop_token_ids")
+        eos = () if params.ignore_eos else self._model.eos
+        return tuple(dict.fromkeys([*params.stop_token_ids, *eos]))
+
+
+async def generate(
+    session: Session, plan: Plan, tokenizer: Tokenizer | None
+) -> AsyncGenerator[list[Delta], None]:
+    """Run a plan's requests; yields the deltas that came together. Close it (`contextlib.aclosing`) to
+    abort what still runs. Raises EngineDead, Refused or RequestFailed."""
+    texts = [
+        TextStream(tokenizer.detokenizer() if tokenizer else None, params.stops, params.min_tokens)
+        for params in plan.params
+    ]
+    with session.submit(plan.submits) as stream:
+        async for pieces in stream:
+            deltas = [texts[piece.index].feed(piece) for piece in pieces]
+            for delta in deltas:
+                if delta.finish is not None:
+                    stream.stop(delta.index)
+            yield deltas
+
+
+def mix(seed: int, number: int) -> int:
+    """An int64 that depends on every bit of both: one splitmix64 step."""
+    value = (seed + number * 0x9E3779B97F4A7C15) % _WORD
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % _WORD
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % _WORD
+    value ^= value >> 31
+    return value - _WORD if value >= _WORD // 2 else value
+
+
+def _with_seed(submit: Submit, seed: int) -> Submit:
+    return msgspec.structs.replace(submit, sampling=replace(submit.sampling, seed=seed))

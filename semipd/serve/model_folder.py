@@ -1,0 +1,84 @@
+"""What the front end must know of a model folder: vocabulary size, end-of-sequence ids, sampling defaults.
+
+Reads the JSON files of a Hugging Face model folder; never the weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semipd.core.errors import ConfigError, Refused
+from semipd.serve.params import Defaults, SamplingParams
+
+MAX_EOS = 16
+UNSUPPORTED_DEFAULTS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}
+
+log = logging.getLogger("semipd")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """path: the folder. vocabulary: ids run from 0 to vocabulary - 1. eos: ids that end a sequence."""
+
+    path: Path
+    vocabulary: int
+    eos: tuple[int, ...]
+    defaults: Defaults
+
+
+def read_model_folder(path: str | Path) -> ModelFolder:
+    """Raises ConfigError, in one line, for a folder that is not one of a model."""
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise ConfigError(f"{folder}: there is no config.json, so this is not a model folder")
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    vocabulary = text.get("vocab_size")
+    if isinstance(vocabulary, bool) or not isinstance(vocabulary, int) or not 1 <= vocabulary < 2**31:
+        raise ConfigError(f"{folder / 'config.json'}: vocab_size is {vocabulary!r}, not a count")
+    generation = read_json(folder / "generation_config.json") or {}
+    eos = _ids(generation.get("eos_token_id")) or _ids(text.get("eos_token_id"))
+    if len(eos) > MAX_EOS:
+        raise ConfigError(f"{folder}: {len(eos)} end-of-sequence ids; at most {MAX_EOS} can be used")
+    return ModelFolder(folder, vocabulary, eos, _defaults(folder, generation))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file. Raises ConfigError for a broken one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds no JSON object")
+    return value
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
+
+
+def _defaults(folder: Path, generation: dict[str, Any]) -> Defaults:
+    for name, neutral in UNSUPPORTED_DEFAULTS.items():
+        if generation.get(name) not in (None, neutral):
+            log.warning("generation_config.json sets %s, which is not supported; ignored", name)
+    given = {
+        name: generation[name]
+        for name in ("temperature", "top_p", "top_k", "min_p")
+        if generation.get(name) is not None
+    }
+    try:
+        params = SamplingParams(**given)
+    except Refused as refused:
+        raise ConfigError(f"{folder / 'generation_config.json'}: {refused}") from None
+    filled = Defaults().fill(params)
+    assert filled.temperature is not None and filled.top_p is not None
+    assert filled.top_k is not None and filled.min_p is not None
+    return Defaults(filled.temperature, filled.top_p, filled.top_k, filled.min_p)

@@ -1,0 +1,133 @@
+"""What a user may ask of one generation, with a bound on everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from semipd.core.errors import Refused
+
+MAX_CHOICES = 64
+MAX_STOPS = 16
+MAX_STOP_BYTES = 4096
+MAX_STOP_TOKENS = 64
+MAX_TOKEN_ID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. None means the model's own default (generation_config.json).
+
+    temperature: 0 is greedy. top_k: 0 (or -1) is no limit. seed: any int64; without one, requests differ.
+    stop: strings that end the text and are left out of it. stop_token_ids: token ids that do the same.
+    ignore_eos: go on after end-of-sequence. min_tokens: none of these may end it earlier.
+    max_tokens: None is as many as fit. n: continuations per prompt.
+    Raises Refused, naming the field, when a value is out of bounds.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _real("temperature", self.temperature, 0.0, 2.0)
+        _real("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise Refused("top_p must be above 0", "top_p")
+        _whole("top_k", self.top_k, -1, MAX_TOKEN_ID)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _whole("seed", self.seed, -(2**63), 2**63 - 1)
+        _whole("max_tokens", self.max_tokens, 1, MAX_TOKEN_ID)
+        _whole("min_tokens", _given("min_tokens", self.min_tokens), 0, MAX_TOKEN_ID)
+        _whole("n", _given("n", self.n), 1, MAX_CHOICES)
+        if not isinstance(self.ignore_eos, bool):
+            raise Refused("ignore_eos must be true or false", "ignore_eos")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise Refused(
+                f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})", "min_tokens"
+            )
+        object.__setattr__(self, "stop", _stops(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_tokens(self.stop_token_ids))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, always as a tuple."""
+        assert isinstance(self.stop, tuple)
+        return self.stop
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A model's own sampling rule, for the fields that a user leaves out."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def fill(self, params: SamplingParams) -> SamplingParams:
+        """`params` with every field of the rule set."""
+        missing = {
+            entry.name: getattr(self, entry.name)
+            for entry in dataclasses.fields(self)
+            if getattr(params, entry.name) is None
+        }
+        return dataclasses.replace(params, **missing) if missing else params
+
+
+def _given(name: str, value: object) -> object:
+    if value is None:
+        raise Refused(f"{name} must be a whole number", name)
+    return value
+
+
+def _real(name: str, value: object, low: float, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise Refused(f"{name} must be a number, not {value!r}", name)
+    if not low <= value <= high:
+        raise Refused(f"{name} must be between {low:g} and {high:g}, not {value:g}", name)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refused(f"{name} must be a whole number, not {value!r}", name)
+    if not low <= value <= high:
+        shown = value if abs(value) < 10**20 else "a number of that size"
+        raise Refused(f"{name} must be between {low} and {high}, not {shown}", name)
+
+
+def _stops(stop: object) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, (tuple, list)) or not all(isinstance(text, str) for text in stops):
+        raise Refused("stop must be a string or a list of strings", "stop")
+    if len(stops) > MAX_STOPS:
+        raise Refused(f"at most {MAX_STOPS} stop strings, not {len(stops)}", "stop")
+    for text in stops:
+        if not text:
+            raise Refused("a stop string is empty", "stop")
+        if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
+            raise Refused(f"a stop string is longer than {MAX_STOP_BYTES} bytes", "stop")
+    return tuple(stops)
+
+
+def _stop_tokens(ids: object) -> tuple[int, ...]:
+    if not isinstance(ids, (tuple, list)):
+        raise Refused("stop_token_ids must be a list of token ids", "stop_token_ids")
+    if len(ids) > MAX_STOP_TOKENS:
+        raise Refused(f"at most {MAX_STOP_TOKENS} stop tokens, not {len(ids)}", "stop_token_ids")
+    for token in ids:
+        _whole("stop_token_ids", _given("stop_token_ids", token), 0, MAX_TOKEN_ID)
+    return tuple(dict.fromkeys(ids))
