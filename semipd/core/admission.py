@@ -5,14 +5,12 @@ All three rules admit a request into an empty engine, so nothing that fits the p
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
-from collections import deque
-from itertools import accumulate
 from typing import Protocol
 
+from semipd.core.lengths import LengthPredictor
 from semipd.core.live import Live
 from semipd.core.ports import KVManager
-from semipd.core.types import Finished, FinishReason, Request
+from semipd.core.types import Event, Request
 
 
 class Admission(Protocol):
@@ -42,34 +40,22 @@ class Conservative:
 class PastFuture:
     """Admit when the predicted peak of the pool's future use fits (LightLLM's past-future scheduler).
 
-    Output lengths are predicted from the recent past: the mean of the finished lengths that exceed what
-    a request has already produced, capped by its `max_tokens`. Requests end in order of their predicted
+    Output lengths are predicted from the recent past (`core.lengths`). Requests end in order of predicted
     remaining length, so the peak is the largest use over those moments.
     """
 
     def __init__(self, remember: int = 512) -> None:
-        self._recent: deque[int] = deque()
-        self._remember = remember
-        self._sorted: list[int] = []
-        self._sums: list[int] = [0]  # _sums[i]: total of the i longest lengths
+        self._lengths = LengthPredictor(remember)
 
-    def __call__(self, event: object) -> None:
+    def __call__(self, event: Event) -> None:
         """Observe finished requests."""
-        if not isinstance(event, Finished):
-            return
-        if event.request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            length = len(event.request.output)
-            self._recent.append(length)
-            insort(self._sorted, length)
-            if len(self._recent) > self._remember:
-                del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-            self._sums = [0, *accumulate(reversed(self._sorted))]
+        self._lengths(event)
 
     def may_enter(self, request: Request, live: Live, kv: KVManager) -> bool:
-        entries = [(self._remaining(holder), holder.known) for holder in live.holders()]
+        entries = [(self._lengths.remaining(holder), holder.known) for holder in live.holders()]
         if not entries:
             return True
-        entries.append((self._remaining(request), request.known))
+        entries.append((self._lengths.remaining(request), request.known))
         entries.sort(reverse=True)
         peak = held = 0
         for count, (remaining, known) in enumerate(entries, start=1):
@@ -77,12 +63,6 @@ class PastFuture:
             held += known
             peak = max(peak, held + count * remaining)
         return _blocks(peak, kv) + len(entries) <= kv.total
-
-    def _remaining(self, request: Request) -> int:
-        produced = len(request.output)
-        longer = len(self._sorted) - bisect_right(self._sorted, produced)
-        expected = self._sums[longer] // longer if longer else request.max_tokens
-        return max(min(expected, request.max_tokens) - produced, 0)
 
 
 def _blocks(tokens: int, kv: KVManager) -> int:

@@ -264,6 +264,11 @@ class Work:
         )
 
     @staticmethod
+    def decode(sequences: int, context: int) -> Work:
+        """The features of a decode step: one position of each sequence, `context` cached in all."""
+        return Work(sequences, context + sequences, float(context) + 0.5 * sequences, sequences, sequences)
+
+    @staticmethod
     def of(slices: Sequence[Slice]) -> Work:
         """The features of a batch made of these slices."""
         tokens = context = sampled = 0

@@ -41,9 +41,7 @@ class FixedCost:
 Compute = Callable[[Batch], tuple[int, ...]]
 
 
-def zeros(batch: Batch) -> tuple[int, ...]:
-    """Token 0 for every sampled slice: enough where only time matters."""
-    return (0,) * sum(piece.sample for piece in batch.slices)
+GOES_ON, ENDS = 0, 1  # the two tokens of a simulated model
 
 
 @dataclass(slots=True)
@@ -59,22 +57,26 @@ class _Run:
 
 
 class SimExecutor:
-    """Implements `core.ports.Executor` in virtual time. `compute` makes the tokens (at a step's end)."""
+    """Implements `core.ports.Executor` in virtual time. `compute` makes the tokens (at a step's end).
+
+    Without one, a sequence says ENDS as soon as its `min_tokens` let it: so a request carries its true
+    length where no policy looks.
+    """
 
     def __init__(
         self,
         device: Device,
         cost: CostModel,
         clock: VirtualClock,
-        compute: Compute = zeros,
+        compute: Compute | None = None,
     ) -> None:
         self.device = device
         self.clock = clock
         self._cost = cost
-        self._compute = compute
+        self._compute = compute or self._end_when_allowed
         self._queued: dict[Lane, deque[Batch]] = {lane: deque() for lane in device.lanes}
         self._running: dict[Lane, _Run] = {}
-        self._open: set[int] = set()
+        self._open: dict[int, int] = {}  # slot: first position where its sequence may end
         self._split = Split.pair(device.units, device.units, device.units)
         self._woken = False
         self._closed = False
@@ -82,10 +84,10 @@ class SimExecutor:
     def open(self, slot: int, tokens: Sequence[int], sampling: Sampling) -> None:
         if slot < 0:
             raise ValueError(f"slot {slot} is out of range")
-        self._open.add(slot)
+        self._open[slot] = sampling.ban_until
 
     def close_slot(self, slot: int) -> None:
-        self._open.discard(slot)
+        self._open.pop(slot, None)
 
     def submit(self, lane: Lane, batch: Batch) -> None:
         if self._closed:
@@ -138,6 +140,14 @@ class SimExecutor:
         run = self._running[lane]
         run.attempts += 1
         run.left = 1.0 if run.attempts <= 2 else 0.0
+
+    def _end_when_allowed(self, batch: Batch) -> tuple[int, ...]:
+        ends = self._open
+        return tuple(
+            ENDS if start + count >= ends[slot] else GOES_ON
+            for slot, start, count, sample in batch.slices
+            if sample
+        )
 
     def _start(self, lane: Lane) -> None:
         batch = self._queued[lane].popleft()
