@@ -9,7 +9,7 @@ import torch
 
 from semipd.core.types import Slice
 from semipd.execute.storage import SlotTable
-from semipd.model.attention import Ragged, kv_rows
+from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs
 from semipd.model.sampler import SamplingRows, sample
 
@@ -22,6 +22,7 @@ class Runner:
         self._model = model
         self._table = table
         self._kv = kv
+        self._pool = Pool.of(kv)
 
     def run(self, slices: Sequence[Slice], boundary: Callable[[], None]) -> list[int]:
         """Compute the slices; return one token per slice with `sample`, in order, after writing each to
@@ -69,15 +70,14 @@ class Runner:
             row_slots = np.repeat(slots, counts)
             positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
         in_use = -(-int((starts + counts).max()) // size)
-        ragged = Ragged(starts, counts, table.blocks[slots, :in_use], size)
-        _, _, pool, kv_heads, _, _ = self._kv.shape
+        ragged = Ragged(starts, counts, table.blocks[slots, :in_use])
         blocks = table.blocks[row_slots, positions // size]
         last = ends[wanted] - 1
         inputs = StepInputs(
             tokens=torch.from_numpy(table.tokens[row_slots, positions].astype(np.int64)),
             positions=torch.from_numpy(positions),
             ragged=ragged,
-            kv_rows=kv_rows(blocks, positions % size, pool, kv_heads, size),
+            kv_rows=self._pool.rows(blocks, positions % size),
             sample=torch.from_numpy(last),
         )
         return inputs, last

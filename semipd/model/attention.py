@@ -17,46 +17,70 @@ import torch
 import torch.nn.functional as functional
 
 TILE = 256  # query rows that share one call when a mask is needed
+GATHER_BYTES = 2**24  # one-token slices share a call up to this many gathered bytes
 UNSEEN = float("-inf")
 
 
 @dataclass(frozen=True)
+class Pool:
+    """The shape of a KV pool [layers, 2, blocks, kv_heads, block_size, head_dim]."""
+
+    blocks: int
+    kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(kv: torch.Tensor) -> Pool:
+        _, _, blocks, kv_heads, block_size, head_dim = kv.shape
+        return Pool(blocks, kv_heads, block_size, head_dim, kv.dtype)
+
+    def pages(self, tables: np.ndarray) -> torch.Tensor:
+        """Rows to gather from a layer seen as [2 * blocks * kv_heads, block_size * head_dim] for the blocks
+        of tables [sequences, n], in the order [2, sequences, kv_heads, n]: what attention wants to read."""
+        half = np.arange(2)[:, None, None, None] * (self.blocks * self.kv_heads)
+        head = np.arange(self.kv_heads)[:, None]
+        return torch.from_numpy(
+            (tables.astype(np.int64)[:, None] * self.kv_heads + head + half).reshape(-1)
+        )
+
+    def rows(self, blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+        """Rows of a layer seen as [-1, head_dim] where the keys and values of positions at (block, offset)
+        are kept: int64 [positions * 2 * kv_heads], for `write_kv`."""
+        head = np.arange(2)[:, None] * (self.blocks * self.kv_heads) + np.arange(self.kv_heads)
+        page = blocks.astype(np.int64)[:, None, None] * self.kv_heads + head
+        return torch.from_numpy((page * self.block_size + offsets[:, None, None]).reshape(-1))
+
+
+@dataclass(frozen=True)
 class Ragged:
-    """The slices of a step: slice i computes positions `starts[i] .. starts[i] + counts[i] - 1`; its rows
-    follow those of slice i - 1. tables: int [slices, any], block numbers of each sequence from position 0
-    on.
+    """The slices of a step: slice i computes positions `starts[i] .. starts[i] + counts[i] - 1` (int64);
+    its rows follow those of slice i - 1. tables: int [slices, any], blocks of each sequence from its first.
     """
 
     starts: np.ndarray
     counts: np.ndarray
     tables: np.ndarray
-    block_size: int
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """First row of each slice."""
-        first: np.ndarray = np.cumsum(self.counts) - self.counts
-        return first
 
 
 @dataclass(frozen=True)
 class DecodeGroup:
     """One-token slices of similar context, attended to in one call.
 
-    rows: int64 [n], rows of the queries. pages: int64 [2 * n * kv_heads * blocks], what to gather, see
-    `_pages`. mask: [n, 1, 1, blocks * block_size], 0 where a key is visible.
-    """
+    rows: int64 [n], rows of the queries; None when they are all the step's rows in order. pages: what to
+    gather. mask: [n, 1, 1, gathered positions], 0 where a key is visible."""
 
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     pages: torch.Tensor
     mask: torch.Tensor
 
 
 @dataclass(frozen=True)
 class PrefillSlice:
-    """One longer slice. `keys` positions were gathered; the slice starts at the `lead`-th of them.
+    """One longer slice, its first query row, and what to gather; `lead` gathered positions come before it.
 
-    mask: [tile, columns] for `_tiles`, or None when the slice is the whole sequence and plainly causal."""
+    mask: see `_tile_mask`; None when the slice is a whole sequence and plainly causal."""
 
     row: int
     count: int
@@ -67,52 +91,48 @@ class PrefillSlice:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Everything about a step that the attention of a layer needs, for one window."""
+    """What the attention of every layer with this window needs to know of a step."""
 
     ragged: Ragged
+    pool: Pool
     window: int | None
     decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillSlice, ...]
 
 
-def plan_attention(
-    ragged: Ragged, window: int | None, kv_heads: int, blocks: int, dtype: torch.dtype
-) -> AttentionPlan:
-    """Work out groups, gathers and masks. blocks: size of the pool; dtype: of queries and pool."""
+def plan_attention(ragged: Ragged, pool: Pool, window: int | None) -> AttentionPlan:
+    """Work out groups, gathers and masks. window: how many positions a query sees, itself included."""
     single = ragged.counts == 1
-    groups: dict[int, list[int]] = {}
-    for i in np.flatnonzero(single):
-        first = _first_block(int(ragged.starts[i]), window, ragged.block_size)
-        own = int(ragged.starts[i]) // ragged.block_size + 1 - first
-        groups.setdefault(_bucket(own), []).append(int(i))
-    offsets = ragged.offsets
-    decode = tuple(
-        _decode_group(ragged, offsets, np.array(members), size, window, kv_heads, blocks, dtype)
-        for size, members in sorted(groups.items())
-    )
-    prefill = tuple(
-        _prefill_slice(ragged, int(offsets[i]), int(i), window, kv_heads, blocks, dtype)
-        for i in np.flatnonzero(~single)
-    )
-    return AttentionPlan(ragged, window, decode, prefill)
+    first_rows = np.cumsum(ragged.counts) - ragged.counts
+    decode, prefill = [], []
+    if single.any():
+        first = _first_block(ragged.starts, pool, window)
+        sizes = np.array([_bucket(int(n)) for n in ragged.starts // pool.block_size + 1 - first])
+        for size in np.unique(sizes[single]):
+            members = np.flatnonzero(single & (sizes == size))
+            for part in _parts(members, int(size), pool):
+                rows = None if part.size == single.size else torch.from_numpy(first_rows[part])
+                decode.append(_decode_group(ragged, rows, part, int(size), pool, window))
+    for index in np.flatnonzero(~single):
+        prefill.append(_prefill_slice(ragged, int(first_rows[index]), int(index), pool, window))
+    return AttentionPlan(ragged, pool, window, tuple(decode), tuple(prefill))
 
 
 def attend(q: torch.Tensor, layer: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """q [T, heads, head_dim] against one layer of the pool, which already holds the step's own keys and
-    values.
-
-    Returns [T, heads * head_dim]; rows beyond the plan's slices are zero."""
+    """q [T, heads, head_dim] (the rows of the plan's slices) against one layer of the pool, which already
+    holds the step's own keys and values. Returns [T, heads * head_dim]."""
     _, _, kv_heads, block_size, head_dim = layer.shape
     pages = layer.view(-1, block_size * head_dim)
     heads = q.shape[1]
-    out = q.new_zeros(q.shape)
+    out = q.new_empty(q.shape)
     for group in plan.decode:
-        n = group.rows.numel()
-        gathered = pages.index_select(0, group.pages).view(2, n, kv_heads, -1, head_dim)
-        query = q.index_select(0, group.rows).view(n, kv_heads, heads // kv_heads, head_dim)
-        mixed = functional.scaled_dot_product_attention(
-            query, gathered[0], gathered[1], attn_mask=group.mask
-        )
+        n = group.mask.shape[0]
+        keys, values = pages.index_select(0, group.pages).view(2, n, kv_heads, -1, head_dim)
+        query = q if group.rows is None else q.index_select(0, group.rows)
+        query = query.reshape(n, kv_heads, heads // kv_heads, head_dim)
+        mixed = functional.scaled_dot_product_attention(query, keys, values, attn_mask=group.mask)
+        if group.rows is None:
+            return mixed.reshape(n, -1)
         out.index_copy_(0, group.rows, mixed.reshape(n, heads, head_dim))
     for piece in plan.prefill:
         gathered = pages.index_select(0, piece.pages).view(2, 1, kv_heads, -1, head_dim)
@@ -140,18 +160,8 @@ def attend_plainly(q: torch.Tensor, layer: torch.Tensor, plan: AttentionPlan) ->
     return out.view(q.shape[0], -1)
 
 
-def kv_rows(
-    blocks: np.ndarray, offsets: np.ndarray, pool: int, kv_heads: int, block_size: int
-) -> torch.Tensor:
-    """Where the keys and values of positions at (block, offset) go: rows of a layer seen as [-1, head_dim],
-    int64 [T * 2 * kv_heads], for `write_kv`."""
-    head = np.arange(2)[:, None] * pool * kv_heads + np.arange(kv_heads)  # [2, kv_heads]
-    page = blocks.astype(np.int64)[:, None, None] * kv_heads + head
-    return torch.from_numpy((page * block_size + offsets[:, None, None]).reshape(-1))
-
-
 def write_kv(kv: torch.Tensor, layer: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write kv [T, 2 * kv_heads, head_dim] (keys, then values) at `kv_rows`."""
+    """Write kv [T, 2 * kv_heads, head_dim] (keys, then values) at `Pool.rows`."""
     head_dim = layer.shape[-1]
     layer.view(-1, head_dim).index_copy_(0, rows, kv.reshape(-1, head_dim))
 
@@ -159,7 +169,7 @@ def write_kv(kv: torch.Tensor, layer: torch.Tensor, rows: torch.Tensor) -> None:
 def _attend_slice(
     q: torch.Tensor, gathered: torch.Tensor, piece: PrefillSlice, window: int | None, out: torch.Tensor
 ) -> None:
-    """q [count, heads, head_dim] against gathered [2, 1, kv_heads, keys, head_dim], into out."""
+    """q [count, heads, head_dim] against gathered [2, 1, kv_heads, positions, head_dim], into out."""
     query = q.transpose(0, 1)[None]
     if piece.mask is None:
         keys, values = gathered[..., : piece.count, :]
@@ -170,11 +180,11 @@ def _attend_slice(
         return
     for begin in range(0, piece.count, TILE):
         end = min(begin + TILE, piece.count)
-        high = piece.lead + end
         low = 0 if window is None else max(0, piece.lead + begin - window + 1)
+        high = piece.lead + end
         keys, values = gathered[..., low:high, :]
-        shift = piece.mask.shape[1] - TILE - (piece.lead + begin)  # column of the first gathered key
-        mask = piece.mask[: end - begin, low + shift : high + shift]
+        column = piece.mask.shape[1] - TILE - (piece.lead + begin)  # of the first gathered position
+        mask = piece.mask[: end - begin, column + low : column + high]
         mixed = functional.scaled_dot_product_attention(
             query[:, :, begin:end], keys, values, attn_mask=mask, enable_gqa=True
         )
@@ -183,65 +193,62 @@ def _attend_slice(
 
 def _decode_group(
     ragged: Ragged,
-    offsets: np.ndarray,
+    rows: torch.Tensor | None,
     members: np.ndarray,
     size: int,
+    pool: Pool,
     window: int | None,
-    kv_heads: int,
-    pool: int,
-    dtype: torch.dtype,
 ) -> DecodeGroup:
-    positions = ragged.starts[members].astype(np.int64)
-    first = np.array([_first_block(int(p), window, ragged.block_size) for p in positions])
-    columns = first[:, None] + np.arange(size)
-    last = positions // ragged.block_size
-    tables = ragged.tables[members[:, None], np.minimum(columns, last[:, None])]
-    keys = first[:, None] * ragged.block_size + np.arange(size * ragged.block_size)
-    visible = keys <= positions[:, None]
+    """The one-token slices `members`, each padded to `size` blocks by repeating its last one."""
+    positions = ragged.starts[members]
+    first = _first_block(positions, pool, window)
+    columns = np.minimum(first[:, None] + np.arange(size), (positions // pool.block_size)[:, None])
+    tables = ragged.tables[members[:, None], columns]
+    keys = first[:, None] * pool.block_size + np.arange(size * pool.block_size)
+    hidden = keys > positions[:, None]
     if window is not None:
-        visible &= keys > positions[:, None] - window
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(torch.from_numpy(~visible), UNSEEN)
-    rows = torch.from_numpy(offsets[members].astype(np.int64))
-    return DecodeGroup(rows, _pages(tables, kv_heads, pool), mask[:, None, None])
+        hidden |= keys <= positions[:, None] - window
+    mask = torch.zeros(hidden.shape, dtype=pool.dtype).masked_fill_(torch.from_numpy(hidden), UNSEEN)
+    return DecodeGroup(rows, pool.pages(tables), mask[:, None, None])
 
 
-def _prefill_slice(
-    ragged: Ragged, row: int, index: int, window: int | None, kv_heads: int, pool: int, dtype: torch.dtype
-) -> PrefillSlice:
+def _prefill_slice(ragged: Ragged, row: int, index: int, pool: Pool, window: int | None) -> PrefillSlice:
     start, count = int(ragged.starts[index]), int(ragged.counts[index])
-    first = _first_block(start, window, ragged.block_size)
-    last = (start + count - 1) // ragged.block_size
-    pages = _pages(ragged.tables[index : index + 1, first : last + 1], kv_heads, pool)
-    lead = start - first * ragged.block_size
-    if start == 0 and (window is None or count <= window):
-        return PrefillSlice(row, count, lead, pages, None)
-    return PrefillSlice(row, count, lead, pages, _tile_mask(lead + count, window, dtype))
+    first = int(_first_block(ragged.starts[index], pool, window))
+    last = (start + count - 1) // pool.block_size
+    pages = pool.pages(ragged.tables[index : index + 1, first : last + 1])
+    lead = start - first * pool.block_size
+    causal = start == 0 and (window is None or count <= window)
+    return PrefillSlice(row, count, lead, pages, None if causal else _tile_mask(lead + count, window, pool))
 
 
-def _tile_mask(keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """[TILE, keys + TILE]: column c stands for the key `c - keys` positions after the tile's first row, so
-    a view of it is the mask of any tile of a slice with up to `keys` keys."""
-    distance = torch.arange(-keys, TILE)[None] - torch.arange(TILE)[:, None]
+def _tile_mask(positions: int, window: int | None, pool: Pool) -> torch.Tensor:
+    """[TILE, positions + TILE]: column c is the key `c - positions` after the tile's first row. The mask of
+    any tile of a slice with up to `positions` gathered positions is a view of it."""
+    distance = torch.arange(-positions, TILE) - torch.arange(TILE)[:, None]
     hidden = distance > 0
     if window is not None:
         hidden |= distance <= -window
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, UNSEEN)
+    return torch.zeros(hidden.shape, dtype=pool.dtype).masked_fill_(hidden, UNSEEN)
 
 
-def _pages(tables: np.ndarray, kv_heads: int, pool: int) -> torch.Tensor:
-    """Rows to gather from a layer seen as [2 * blocks * kv_heads, block_size * head_dim], in the order
-    [2, sequences, kv_heads, blocks], so that what was gathered is already laid out for attention."""
-    head = np.arange(2)[:, None, None, None] * (pool * kv_heads) + np.arange(kv_heads)[:, None]
-    return torch.from_numpy((tables.astype(np.int64)[:, None, :] * kv_heads + head).reshape(-1))
+def _first_block(positions: np.ndarray, pool: Pool, window: int | None) -> np.ndarray:
+    """The first block that a query at each position sees."""
+    if window is None:
+        return np.zeros_like(positions)
+    first: np.ndarray = np.maximum(0, positions - window + 1) // pool.block_size
+    return first
 
 
-def _first_block(position: int, window: int | None, block_size: int) -> int:
-    """The first block that a query at `position` sees."""
-    return 0 if window is None else max(0, position - window + 1) // block_size
+def _parts(members: np.ndarray, size: int, pool: Pool) -> list[np.ndarray]:
+    """Members in parts that stay below GATHER_BYTES (or are one slice)."""
+    page = pool.block_size * pool.head_dim * pool.dtype.itemsize
+    most = max(1, GATHER_BYTES // (2 * size * pool.kv_heads * page))
+    return [members[i : i + most] for i in range(0, members.size, most)]
 
 
 def _bucket(blocks: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most half as much again is padding, and few
-    groups."""
-    power = 1 << (blocks - 1).bit_length()
-    return power // 4 * 3 if power >= 4 and blocks <= power // 4 * 3 else power
+    """The next of 1, 2, ... 8, 10, 12, 14, 16, 20, ...: four steps to a doubling, so at most a quarter is
+    padding and groups are few."""
+    step = 1 << max(0, (blocks - 1).bit_length() - 3)
+    return -(-blocks // step) * step

@@ -10,17 +10,8 @@ import torch
 import torch.nn.functional as functional
 
 from semipd.core.errors import ConfigError
-from semipd.model.attention import AttentionPlan, Ragged, attend, plan_attention, write_kv
-from semipd.model.layers import (
-    Linear,
-    PackedLinear,
-    PlainLinear,
-    packing_works,
-    pad_rows,
-    padded_rows,
-    rms_norm,
-    silu_and_multiply,
-)
+from semipd.model.attention import AttentionPlan, Pool, Ragged, attend, plan_attention, write_kv
+from semipd.model.layers import PLAIN, Compute, Kind, choose_kind, pad_rows, padded_rows, rms_norm
 from semipd.model.rope import rope_frequencies, rope_tables, rotate
 from semipd.model.spec import ModelSpec, load_spec
 from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
@@ -31,7 +22,7 @@ class StepInputs:
     """What one step reads besides weights and KV.
 
     tokens, positions: int64 [T], the rows of all slices, one slice after another. ragged: the slices and
-    their block tables. kv_rows: where the T rows' keys and values go (`attention.kv_rows`). sample: int64
+    their block tables. kv_rows: where the T rows' keys and values go (`Pool.rows`). sample: int64
     [n], the rows whose logits are wanted.
     """
 
@@ -46,10 +37,10 @@ class StepInputs:
 class Layer:
     """One layer's parameters. The norms of queries and keys exist in some families only."""
 
-    qkv: Linear
-    output: Linear
-    gate_up: Linear
-    down: Linear
+    qkv: Compute
+    output: Compute
+    gate_up: Compute
+    down: Compute
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
     query_norm: torch.Tensor | None
@@ -67,7 +58,7 @@ class DenseModel:
         embedding: torch.Tensor,
         layers: tuple[Layer, ...],
         norm: torch.Tensor,
-        head: Linear,
+        head: Compute,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
@@ -91,7 +82,7 @@ class DenseModel:
             hidden = pad_rows(hidden, padded_rows(rows, self.dtype))
             tables = rope_tables(inputs.positions, self._frequencies, self._rope_factor, self.dtype)
             plans = {
-                window: plan_attention(inputs.ragged, window, self.spec.kv_heads, kv.shape[2], self.dtype)
+                window: plan_attention(inputs.ragged, Pool.of(kv), window)
                 for window in {layer.window for layer in self._layers}
             }
             for index, layer in enumerate(self._layers):
@@ -138,7 +129,7 @@ class DenseModel:
     def _mlp(self, layer: Layer, hidden: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
         normed = rms_norm(hidden, layer.mlp_norm, self.spec.norm_eps)
         boundary()
-        activated = silu_and_multiply(layer.gate_up(normed))
+        activated = layer.gate_up(normed)
         boundary()
         return layer.down(activated).add_(hidden)
 
@@ -170,43 +161,52 @@ def load_model(
     else:
         raise ConfigError(f"load format {load_format!r} is not one of auto, dummy")
     with torch.inference_mode():
-        return _build(spec, weights, PackedLinear if pack and packing_works(weights.dtype) else PlainLinear)
+        return _build(spec, weights, choose_kind(weights.dtype) if pack else PLAIN)
 
 
-def _build(spec: ModelSpec, weights: Weights, linear: Callable[..., Linear]) -> DenseModel:
+def _build(spec: ModelSpec, weights: Weights, kind: Kind) -> DenseModel:
     table = (spec.vocabulary, spec.hidden)
     embedding = weights.take("model.embed_tokens.weight", table)
-    layers = tuple(_build_layer(spec, weights, linear, index) for index in range(spec.layers))
+    layers = tuple(_build_layer(spec, weights, kind, index) for index in range(spec.layers))
     norm = weights.take("model.norm.weight", (spec.hidden,))
     if spec.tied:
-        head, ignored = linear(embedding, None), ["lm_head.weight"]
+        head, ignored = kind.linear(embedding, None), ["lm_head.weight"]
     else:
-        head, ignored = linear(weights.take("lm_head.weight", table), None), []
+        head, ignored = kind.linear(weights.take("lm_head.weight", table), None), []
     weights.finish(ignored)
     return DenseModel(spec, weights.dtype, embedding, layers, norm, head)
 
 
-def _build_layer(spec: ModelSpec, weights: Weights, linear: Callable[..., Linear], index: int) -> Layer:
+def _build_layer(spec: ModelSpec, weights: Weights, kind: Kind, index: int) -> Layer:
     prefix = f"model.layers.{index}."
     query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    sizes = (("q", query), ("k", key), ("v", key))
 
-    def fused(names: list[str], outputs: list[int], inputs: int, bias: bool) -> Linear:
-        sizes = list(zip(names, outputs, strict=True))
-        biases = [weights.take(f"{prefix}{name}.bias", (size,)) for name, size in sizes if bias]
-        parts = [weights.take(f"{prefix}{name}.weight", (size, inputs)) for name, size in sizes]
-        return linear(torch.cat(parts), torch.cat(biases) if bias else None)
+    def pair(
+        name: str, outputs: int, inputs: int, biased: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = weights.take(f"{prefix}{name}_proj.weight", (outputs, inputs))
+        return weight, weights.take(f"{prefix}{name}_proj.bias", (outputs,)) if biased else None
+
+    def qkv() -> Compute:
+        pairs = [pair(f"self_attn.{c}", size, spec.hidden, spec.qkv_bias) for c, size in sizes]
+        biases = [bias for _, bias in pairs if bias is not None]
+        return kind.linear(
+            torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None
+        )
+
+    def gate_up() -> Compute:
+        gate, up = (pair(f"mlp.{c}", spec.intermediate, spec.hidden, spec.mlp_bias) for c in ("gate", "up"))
+        return kind.gated(*gate, *up)
 
     def norm(name: str, size: int) -> torch.Tensor:
         return weights.take(f"{prefix}{name}.weight", (size,))
 
-    projections = [f"self_attn.{name}_proj" for name in "qkv"]
     return Layer(
-        qkv=fused(projections, [query, key, key], spec.hidden, spec.qkv_bias),
-        output=fused(["self_attn.o_proj"], [spec.hidden], query, spec.o_bias),
-        gate_up=fused(
-            ["mlp.gate_proj", "mlp.up_proj"], [spec.intermediate] * 2, spec.hidden, spec.mlp_bias
-        ),
-        down=fused(["mlp.down_proj"], [spec.hidden], spec.intermediate, spec.mlp_bias),
+        qkv=qkv(),
+        output=kind.linear(*pair("self_attn.o", spec.hidden, query, spec.o_bias)),
+        gate_up=gate_up(),
+        down=kind.linear(*pair("mlp.down", spec.hidden, spec.intermediate, spec.mlp_bias)),
         attention_norm=norm("input_layernorm", spec.hidden),
         mlp_norm=norm("post_attention_layernorm", spec.hidden),
         query_norm=norm("self_attn.q_norm", spec.head_dim) if spec.qk_norm else None,
