@@ -246,6 +246,8 @@ class Work:
 
     tokens: positions computed. context: sum over slices of the KV length read by it. square: sum over
     slices of count * (start + count / 2), the attended pairs. sequences: slices. sampled: logit rows.
+    decodes: slices of one position; decode_context: their part of `context`. Attention runs other kernels
+    for these, so a mixed batch cannot be priced without them.
     """
 
     tokens: int = 0
@@ -253,6 +255,8 @@ class Work:
     square: float = 0.0
     sequences: int = 0
     sampled: int = 0
+    decodes: int = 0
+    decode_context: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -261,24 +265,42 @@ class Work:
             self.square + other.square,
             self.sequences + other.sequences,
             self.sampled + other.sampled,
+            self.decodes + other.decodes,
+            self.decode_context + other.decode_context,
         )
 
     @staticmethod
     def decode(sequences: int, context: int) -> Work:
         """The features of a decode step: one position of each sequence, `context` cached in all."""
-        return Work(sequences, context + sequences, float(context) + 0.5 * sequences, sequences, sequences)
+        read = context + sequences
+        return Work(
+            sequences, read, float(context) + 0.5 * sequences, sequences, sequences, sequences, read
+        )
 
     @staticmethod
     def of(slices: Sequence[Slice]) -> Work:
         """The features of a batch made of these slices."""
-        tokens = context = sampled = 0
+        tokens = context = sampled = decodes = cached = 0
         square = 0.0
         for _, start, count, sample in slices:
-            tokens += count
-            context += start + count
-            square += count * (start + 0.5 * count)
+            if count == 1:  # most slices of most batches: this runs for every token of a simulation
+                decodes += 1
+                cached += start
+            else:
+                tokens += count
+                context += start + count
+                square += count * (start + 0.5 * count)
             sampled += sample
-        return Work(tokens, context, square, len(slices), sampled)
+        read = cached + decodes
+        return Work(
+            tokens + decodes,
+            context + read,
+            square + cached + 0.5 * decodes,
+            len(slices),
+            sampled,
+            decodes,
+            read,
+        )
 
 
 # Events: what the planner tells the outside, at most one object per step and direction.
