@@ -127,7 +127,7 @@ def read_config(options: argparse.Namespace) -> Config:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from semipd.serve.app import run_server
+    from semipd.serve.server import run_server
 
     config = read_config(options)
     _set_log_level(config.server.log_level)

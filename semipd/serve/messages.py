@@ -32,6 +32,10 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     salt: bytes | None
     age: float
 
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt) // 4
+
     def request(self, now: float) -> Request:
         """The planner's own copy of the request, `now` being its clock."""
         prompt = array("i")

@@ -72,20 +72,23 @@ class ProcessLink:
             self._transport.write(frame(message))
 
     async def close(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
+        if self._process is None:
             return
         if self._transport is not None:
             self._transport.write(frame(Close()))
-        elif self._socket is not None:
-            self._socket.close()
-        for patience, then in ((CLOSE_SECONDS, process.kill), (CLOSE_SECONDS, lambda: None)):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(process.wait, patience)
-                break
-            then()
-        if self._transport is not None:
+                await asyncio.to_thread(self._process.wait, CLOSE_SECONDS)
             self._transport.close()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process without a word. Idempotent."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
+        if self._socket is not None:
+            self._socket.close()
 
     def _why_lost(self) -> str:
         """After the socket was closed from the other end."""

@@ -45,12 +45,12 @@ class Link(Protocol):
 
 @dataclass(slots=True)
 class Piece:
-    """New tokens of one sequence, and whether they were the last."""
+    """New tokens of one sequence, and whether they were the last. cached_tokens: known at the end."""
 
     index: int
     tokens: list[int]
     finish: FinishReason | None = None
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
 
 
 class Session:

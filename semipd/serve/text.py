@@ -15,12 +15,14 @@ from semipd.serve.tokenizer import Detokenizer
 class Delta:
     """What a sequence gained. finish: "stop", "length" or "abort" with its last delta, else None.
 
-    text may be empty (half a character, or the start of a stop string) although tokens are not."""
+    text may be empty (half a character, or the start of a stop string) although tokens are not.
+    cached_tokens: prompt tokens found in the prefix cache, where the engine told."""
 
     index: int
     text: str
     tokens: list[int]
     finish: str | None
+    cached_tokens: int | None = None
 
 
 class TextStream:
@@ -41,7 +43,7 @@ class TextStream:
         finish = piece.finish.value if piece.finish else None
         if self._detokenizer is None:
             self.produced += len(piece.tokens)
-            return Delta(piece.index, "", piece.tokens, finish)
+            return Delta(piece.index, "", piece.tokens, finish, piece.cached_tokens)
         texts: list[str] = []
         last = len(piece.tokens) - 1 if piece.finish is FinishReason.STOP else -1
         for place, token in enumerate(piece.tokens):
@@ -55,7 +57,7 @@ class TextStream:
             if self._stops.found:
                 finish = "stop"
             texts.append(self._stops.flush())
-        return Delta(piece.index, "".join(texts), piece.tokens, finish)
+        return Delta(piece.index, "".join(texts), piece.tokens, finish, piece.cached_tokens)
 
     def _certain(self, text: str) -> str:
         return self._stops.feed(text) if self.produced > self._min_tokens else text

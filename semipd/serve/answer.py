@@ -1,0 +1,189 @@
+"""Runs one generation request of the HTTP API: body, plan, tokens, answer; whole or as events.
+
+A client that goes away, and a deadline that passes, abort what still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from semipd.config import parse_seconds
+from semipd.core.errors import ConfigError, Refused, SemipdError
+from semipd.serve.errors import ApiError, body_of
+from semipd.serve.gate import Ticket
+from semipd.serve.generation import Plan, generate
+from semipd.serve.replies import DONE, ChatReply, Choice, CompletionReply, Usage
+from semipd.serve.schema import ChatBody, CompletionBody, StreamOptions, parse
+from semipd.serve.service import Service
+from semipd.serve.text import Delta
+
+EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+TIMEOUT_HEADER = "X-Request-Timeout"
+DRAIN_FACTOR = 4  # a body that is too large is read this many times the limit, then cut off
+
+
+class Answer(Response):
+    """An ASGI response that does the work when it is called, so it also hears the client leave."""
+
+    def __init__(
+        self, service: Service, request: Request, kind: type[CompletionBody] | type[ChatBody]
+    ) -> None:
+        self.background = None
+        self.status_code = 200
+        self._service = service
+        self._request = request
+        self._kind = kind
+        self._arrived = time.monotonic()
+        self._streaming = False  # the status line is out
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self._service
+        patience = _patience(self._request, service.gate.limits.request_timeout)
+        if service.gate.draining:
+            raise ApiError(503, "the server is shutting down", "server_error", "draining")
+        service.engine()
+        with service.gate.admit() as ticket:
+            data = await read_body(self._request, service.gate.limits.body)
+            body = parse(data, self._kind)
+            service.check_model(body.model)
+            work = asyncio.ensure_future(self._work(body, ticket, send, patience))
+            gone = asyncio.ensure_future(_disconnected(receive))
+            try:
+                await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+                work.cancel()  # does nothing to work that is done
+                with contextlib.suppress(asyncio.CancelledError):
+                    await work
+
+    async def _work(
+        self, body: CompletionBody | ChatBody, ticket: Ticket, send: Send, patience: float
+    ) -> None:
+        try:
+            async with asyncio.timeout(patience):
+                plan = await self._plan(body)
+                ticket.hold([submit.prompt_tokens for submit in plan.submits])
+                answer = self._stream if body.stream else self._whole
+                await answer(plan, self._reply(body), ticket, send)
+        except TimeoutError:
+            await self._fail(_late(patience), send)
+        except SemipdError as error:
+            await self._fail(error, send)
+
+    async def _plan(self, body: CompletionBody | ChatBody) -> Plan:
+        if isinstance(body, ChatBody):
+            return await self._service.plan_chat(body, self._arrived)
+        return await self._service.plan_completion(body, self._arrived)
+
+    def _reply(self, body: CompletionBody | ChatBody) -> CompletionReply:
+        options = body.stream_options or StreamOptions()
+        usage = "none"
+        if options.include_usage:
+            usage = "all" if options.continuous_usage_stats else "last"
+        kind = ChatReply if isinstance(body, ChatBody) else CompletionReply
+        return kind(self._service.name, usage)
+
+    async def _stream(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:
+        tally = _Tally(plan, ticket)
+        async with self._generate(plan) as groups:
+            async for deltas in groups:
+                body = b""
+                if not self._streaming:
+                    # Only now: whatever went wrong before the first token got a status of its own.
+                    self._streaming = True
+                    await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+                    body = reply.first(len(plan.submits), tally.usage)
+                for delta in deltas:
+                    tally.count(delta)
+                    body += reply.event(delta, tally.usage)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": reply.last(tally.usage)})
+
+    async def _whole(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:
+        tally = _Tally(plan, ticket)
+        choices = [Choice() for _ in plan.submits]
+        async with self._generate(plan) as groups:
+            async for deltas in groups:
+                for delta in deltas:
+                    tally.count(delta)
+                    choice = choices[delta.index]
+                    choice.texts.append(delta.text)
+                    choice.finish = delta.finish
+        response = Response(reply.complete(choices, tally.usage), media_type="application/json")
+        await response(self._request.scope, self._request.receive, send)
+
+    def _generate(self, plan: Plan) -> contextlib.aclosing[AsyncGenerator[list[Delta], None]]:
+        return contextlib.aclosing(generate(self._service.session, plan, self._service.tokenizer))
+
+    async def _fail(self, error: Exception, send: Send) -> None:
+        """Too late for a status once events have begun: then the error is the last event but one."""
+        if not self._streaming:
+            raise error
+        _, body = body_of(error)
+        await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + DONE})
+
+
+class _Tally:
+    """Counts what was produced, and tells the gate of first tokens."""
+
+    def __init__(self, plan: Plan, ticket: Ticket) -> None:
+        self.usage = Usage(plan.prompt_tokens)
+        self._choices = plan.params[0].n
+        self._ticket = ticket
+
+    def count(self, delta: Delta) -> None:
+        self.usage.completion_tokens += len(delta.tokens)
+        self._ticket.started(delta.index)
+        if delta.cached_tokens is not None and delta.index % self._choices == 0:
+            self.usage.cached_tokens = (self.usage.cached_tokens or 0) + delta.cached_tokens
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The whole body. Raises ApiError (413) for one of more than `most` bytes."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= most:
+            parts.append(part)
+        elif size > DRAIN_FACTOR * most:
+            break
+    if size > most:
+        # Read a little further before: a client that is still sending might never see the answer.
+        message = f"the body is larger than {most} bytes"
+        raise ApiError(413, message, "invalid_request_error", "body_too_large")
+    return b"".join(parts)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _patience(request: Request, most: float) -> float:
+    """Seconds that the client gives the request, by its X-Request-Timeout header."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return most
+    try:
+        seconds = parse_seconds(given)
+    except ConfigError as error:
+        raise Refused(str(error), TIMEOUT_HEADER) from None
+    if not 0.0 < seconds <= most:
+        raise Refused(f"a timeout is above 0 and at most {most:g} s", TIMEOUT_HEADER)
+    return seconds
+
+
+def _late(patience: float) -> ApiError:
+    return ApiError(504, f"not finished within {patience:g} s", "timeout_error", "timeout")

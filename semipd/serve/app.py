@@ -1,0 +1,144 @@
+"""The routes of the HTTP API."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from starlette.responses import Response
+
+from semipd.serve import errors
+from semipd.serve.answer import Answer, read_body
+from semipd.serve.errors import ApiError
+from semipd.serve.guard import Guard
+from semipd.serve.prometheus import render
+from semipd.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, body_schemas, parse
+from semipd.serve.service import Service
+
+METRICS_AGE = 0.2  # seconds; pages closer together show the same numbers
+
+
+def create_app(service: Service, version: str, api_key: str | None = None) -> FastAPI:
+    """The API of one served model."""
+    app = FastAPI(title="semipd", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Guard, key=api_key)
+    errors.install(app)
+    _add_generation(app, service)
+    _add_tokens(app, service)
+    _add_state(app, service, version)
+    app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    started = int(time.time())
+
+    @app.post("/v1/completions", openapi_extra=_takes("CompletionBody"))
+    async def completions(request: Request) -> Response:
+        """Continue a prompt."""
+        return Answer(service, request, CompletionBody)
+
+    @app.post("/v1/chat/completions", openapi_extra=_takes("ChatBody"))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation, by the model's own chat template."""
+        return Answer(service, request, ChatBody)
+
+    def card() -> dict[str, Any]:
+        limit = service.session.loaded().limit if service.session.ready else None
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": started,
+            "owned_by": "semipd",
+            "root": service.name,
+            "max_model_len": limit,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The one model that is served."""
+        return _json({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return _json(card())
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    async def body(request: Request, kind: type[Any]) -> Any:
+        data = await read_body(request, service.gate.limits.body)
+        parsed = parse(data, kind)
+        service.check_model(parsed.model)
+        return parsed
+
+    @app.post("/tokenize", openapi_extra=_takes("TokenizeBody"))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a prompt, or of messages under the chat template."""
+        limit = service.engine().limit
+        parsed: TokenizeBody = await body(request, TokenizeBody)
+        ids = await service.tokenize(parsed)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+        if parsed.return_token_strs:
+            answer["token_strs"] = [service.tokenizer.token_string(index) for index in ids]
+        return _json(answer)
+
+    @app.post("/detokenize", openapi_extra=_takes("DetokenizeBody"))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        parsed: DetokenizeBody = await body(request, DetokenizeBody)
+        return _json({"prompt": await service.detokenize(parsed)})
+
+
+def _add_state(app: FastAPI, service: Service, version: str) -> None:
+    session = service.session
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the process is alive and both phases make progress."""
+        if (why := await session.health()) is not None:
+            raise ApiError(503, why, "server_error", "unhealthy")
+        return _json({"status": "ok" if session.ready else "loading"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests are welcome."""
+        if service.gate.draining:
+            raise ApiError(503, "the server is shutting down", "server_error", "draining")
+        service.engine()
+        return _json({"status": "ready"})
+
+    @app.get("/version")
+    async def show_version() -> Response:
+        return _json({"version": version})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        service.engine()
+        try:
+            stats = await session.stats(age=METRICS_AGE)
+        except TimeoutError:
+            raise ApiError(503, "the planner does not answer", "server_error", "busy") from None
+        return Response(render(stats, service.name), media_type="text/plain; version=0.0.4")
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _takes(schema: str) -> dict[str, Any]:
+    """Part of a route's description: its body."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        description = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        description.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas())
+        app.openapi_schema = description
+    return app.openapi_schema

@@ -1,0 +1,79 @@
+"""How much may wait and how much is under way. Refuses before any work is done for a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from semipd.core.errors import Overloaded
+
+RETRY_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the server. Sizes in bytes, times in seconds.
+
+    queued_*: requests without a first token yet, and their prompt tokens. body: of one request.
+    headers: all header lines of one request. drain: how long SIGTERM waits for what is under way.
+    """
+
+    queued_requests: int = 1024
+    queued_tokens: int = 2**20
+    body: int = 16 * 2**20
+    headers: int = 64 * 2**10
+    drain: float = 30.0
+    request_timeout: float = 24 * 3600.0
+
+
+class Gate:
+    """Counts what waits for its first token, and what is under way. On the event loop only."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.draining = False
+        self.active = 0  # tickets out
+        self.queued_requests = 0
+        self.queued_tokens = 0
+
+    def admit(self) -> Ticket:
+        """Let one HTTP request in. Raises Overloaded. Use the ticket in a `with` block."""
+        if self.draining:
+            raise Overloaded("the server is shutting down")
+        limits = self.limits
+        if self.queued_requests >= limits.queued_requests:
+            raise Overloaded(f"{self.queued_requests} requests wait already")
+        if self.queued_tokens >= limits.queued_tokens:
+            raise Overloaded(f"{self.queued_tokens} prompt tokens wait already")
+        return Ticket(self)
+
+
+class Ticket:
+    """One HTTP request's place. It counts as one queued request until `hold` says what it is."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._waiting: dict[int, int] = {-1: 0}  # prompt tokens of each sequence without a first token
+        gate.active += 1
+        gate.queued_requests += 1
+
+    def hold(self, prompt_tokens: list[int]) -> None:
+        """The request is these sequences."""
+        self.started(-1)
+        self._waiting = dict(enumerate(prompt_tokens))
+        self._gate.queued_requests += len(prompt_tokens)
+        self._gate.queued_tokens += sum(prompt_tokens)
+
+    def started(self, sequence: int) -> None:
+        """It has its first token. Repeated calls do nothing."""
+        tokens = self._waiting.pop(sequence, None)
+        if tokens is not None:
+            self._gate.queued_requests -= 1
+            self._gate.queued_tokens -= tokens
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sequence in list(self._waiting):
+            self.started(sequence)
+        self._gate.active -= 1

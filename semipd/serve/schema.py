@@ -1,0 +1,280 @@
+"""The bodies of the OpenAI-compatible API, strictly typed. Bounds on values are in `params`.
+
+A parameter that is not supported is refused by name, unless it holds the value that changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from semipd.core.errors import Refused
+
+MAX_PROMPTS = 1024
+MAX_MESSAGES = 4096
+ROLES = ("system", "developer", "user", "assistant")
+
+_ABSENT: tuple[Any, ...] = (None,)
+
+# Known elsewhere, not supported here: the values that change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (),
+    "allowed_token_ids": _ABSENT,
+    "audio": _ABSENT,
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": _ABSENT,
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": _ABSENT,
+    "guided_grammar": _ABSENT,
+    "guided_json": _ABSENT,
+    "guided_regex": _ABSENT,
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": _ABSENT,
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": _ABSENT,
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_cache_key": _ABSENT,
+    "prompt_embeds": _ABSENT,
+    "prompt_logprobs": _ABSENT,
+    "reasoning_effort": _ABSENT,
+    "repetition_penalty": (1,),
+    "request_id": _ABSENT,
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "safety_identifier": _ABSENT,
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": _ABSENT,
+    "suffix": _ABSENT,
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": _ABSENT,
+    "use_beam_search": (False,),
+    "verbosity": _ABSENT,
+    "web_search_options": _ABSENT,
+}
+
+
+class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class StreamOptions(_Body, kw_only=True):
+    """include_usage: a last chunk with the counts. continuous_usage_stats: counts in every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(_Body, kw_only=True):
+    """What completions and chat completions have in common. null means the default."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
+    user: str | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """POST /v1/completions. prompt: text, token ids, or a list of either."""
+
+    prompt: str | list[str | int | list[int]]
+
+
+class TextPart(_Body, kw_only=True):
+    """A part of a message's content."""
+
+    type: str
+    text: str
+
+
+class ChatMessage(_Body, kw_only=True):
+    """One turn."""
+
+    role: str
+    content: str | list[TextPart]
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+
+
+class TokenizeBody(_Body, kw_only=True):
+    """POST /tokenize. Either prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(_Body, kw_only=True):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+Body = TypeVar("Body", bound=_Body)
+
+_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_MISSING = re.compile(r"missing required field `([^`]*)`")
+
+
+def parse(data: bytes, kind: type[Body]) -> Body:
+    """The body, or Refused naming the parameter that is wrong."""
+    try:
+        values = msgspec.json.decode(data)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise Refused(f"the body is not valid JSON: {error}", _culprit(data)) from None
+    if not isinstance(values, dict):
+        raise Refused("the body must be a JSON object")
+    known = kind.__struct_fields__
+    for name in [name for name in values if name not in known]:
+        _check_neutral(name, values.pop(name))
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
+
+
+def _culprit(data: bytes) -> str | None:
+    """The parameter whose value only a lax reader takes: NaN, an infinity, half a surrogate pair."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(values, dict):
+        for name, value in values.items():
+            text = json.dumps(value, ensure_ascii=False)
+            if "NaN" in text or "Infinity" in text or not _is_unicode(text):
+                return str(name)
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_neutral(name: str, value: Any) -> None:
+    if name not in NEUTRAL:
+        raise Refused(f"unknown parameter: {name[:100]}", name[:100])
+    neutral = any(
+        value == same and isinstance(value, bool) == isinstance(same, bool) for same in NEUTRAL[name]
+    )
+    if value is not None and not neutral:
+        raise Refused(f"{name} is not supported", name)
+
+
+def _refusal(text: str) -> Refused:
+    """msgspec's message, with the field that it is about."""
+    path = match[1] if (match := _PATH.search(text)) else ""
+    message = _PATH.sub("", text)
+    if field := _MISSING.search(text):
+        path = f"{path}.{field[1]}".lstrip(".")
+        message = f"{path} is missing"
+    elif field := _UNKNOWN.search(text):
+        path = f"{path}.{field[1]}".lstrip(".")
+        message = f"unknown parameter: {path}"
+    else:
+        message = f"{path}: {message[:1].lower()}{message[1:]}"
+    param = re.split(r"[.\[]", path, maxsplit=1)[0] or None
+    return Refused(message.replace("`", ""), param)
+
+
+def prompts_of(body: CompletionBody) -> list[str | list[int]]:
+    """The prompts, in any of the four forms, as a list. Raises Refused."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        batch: list[Any] = [prompt]
+    elif prompt and all(isinstance(item, int) for item in prompt):
+        batch = [prompt]
+    else:
+        batch = prompt
+    if not batch or not all(isinstance(item, (str, list)) for item in batch):
+        reason = (
+            "the prompt is empty" if not batch else "a prompt is text, or token ids, or a list of either"
+        )
+        raise Refused(reason, "prompt")
+    if not all(batch):
+        raise Refused("the prompt is empty", "prompt")
+    if len(batch) * (body.n or 1) > MAX_PROMPTS:
+        raise Refused(f"more than {MAX_PROMPTS} continuations in one request", "prompt")
+    return batch
+
+
+def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """Messages as a chat template takes them: content as one text. Raises Refused."""
+    if not messages:
+        raise Refused("messages is empty", "messages")
+    if len(messages) > MAX_MESSAGES:
+        raise Refused(f"at most {MAX_MESSAGES} messages", "messages")
+    return [{"role": _role(message.role), "content": _text(message.content)} for message in messages]
+
+
+def _role(role: str) -> str:
+    if role not in ROLES:
+        raise Refused(f"the role of a message must be one of {', '.join(ROLES)}", "messages")
+    return role
+
+
+def _text(content: str | list[TextPart]) -> str:
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type != "text":
+            raise Refused(f"content of type {part.type[:40]!r} is not supported", "messages")
+    return "\n".join(part.text for part in content)
+
+
+def body_schemas() -> Mapping[str, Any]:
+    """JSON schemas of all bodies, by name, for the API's description."""
+    kinds = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    return schemas

@@ -1,0 +1,175 @@
+"""One served model: bodies in, plans and token lists out. Tokenising and templating run off the loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from semipd.core.errors import EngineDead, Refused
+from semipd.serve.chat import ChatTemplate
+from semipd.serve.errors import ApiError
+from semipd.serve.gate import Gate, Limits
+from semipd.serve.generation import Plan, RequestMaker
+from semipd.serve.messages import EngineInfo
+from semipd.serve.model_folder import ModelFolder
+from semipd.serve.params import SamplingParams
+from semipd.serve.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+    messages_of,
+    prompts_of,
+)
+from semipd.serve.session import Session
+from semipd.serve.tokenizer import Tokenizer
+
+MAX_SALT = 256
+MAX_USER = 1024
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
+TOKENIZER_THREADS = 2
+
+Result = TypeVar("Result")
+
+
+class Service:
+    """Everything that the routes need. name: the model's name in the API."""
+
+    def __init__(
+        self,
+        name: str,
+        model: ModelFolder,
+        tokenizer: Tokenizer,
+        chat: ChatTemplate | None,
+        maker: RequestMaker,
+        session: Session,
+        limits: Limits,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.session = session
+        self.gate = Gate(limits)
+        self._chat = chat
+        self._maker = maker
+        self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def engine(self) -> EngineInfo:
+        """The engine's description. Raises EngineDead, or ApiError (503) while it is loading."""
+        if self.session.lost is not None:
+            raise EngineDead(self.session.lost.why)
+        if not self.session.ready:
+            raise ApiError(503, "the model is still loading", "server_error", "loading")
+        return self.session.loaded()
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError (404) for a model that is not served here."""
+        if name is not None and name != self.name:
+            message = f"the model {name[:200]!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, "invalid_request_error", "model_not_found", "model")
+
+    async def plan_completion(self, body: CompletionBody, arrived: float) -> Plan:
+        prompts = prompts_of(body)
+        params = params_of(body, body.max_tokens, DEFAULT_MAX_TOKENS)
+        engine, salt = self.engine(), _salt(body)
+
+        def work() -> Plan:
+            ids = [self._ids(prompt, engine.limit) for prompt in prompts]
+            return self._maker.plan(ids, params, engine, salt, arrived)
+
+        return await self._off_loop(work)
+
+    async def plan_chat(self, body: ChatBody, arrived: float) -> Plan:
+        """Refusals name the parameters of the chat API."""
+        chat, messages = self._template(), messages_of(body.messages)
+        names = {"prompt": "messages"}
+        asked = body.max_tokens
+        if body.max_completion_tokens is not None:
+            if asked not in (None, body.max_completion_tokens):
+                raise Refused("max_tokens and max_completion_tokens disagree", "max_completion_tokens")
+            asked = body.max_completion_tokens
+            names["max_tokens"] = "max_completion_tokens"
+        engine, salt = self.engine(), _salt(body)
+
+        def work() -> Plan:
+            self._check_sizes(messages, engine.limit)
+            params = params_of(body, asked, None)
+            return self._maker.plan([chat.encode(messages)], params, engine, salt, arrived)
+
+        try:
+            return await self._off_loop(work)
+        except Refused as refused:
+            param = refused.param or ""
+            raise Refused(
+                str(refused).replace("max_tokens", names.get("max_tokens", "max_tokens")),
+                names.get(param, refused.param),
+            ) from None
+
+    async def tokenize(self, body: TokenizeBody) -> list[int]:
+        """Ids of a prompt or of messages, as the model would get them."""
+        limit = self.engine().limit
+        if (body.prompt is None) == (body.messages is None):
+            raise Refused("give either prompt or messages", "prompt")
+        if body.prompt is not None:
+            prompt = body.prompt
+            return await self._off_loop(lambda: self.tokenizer.encode(prompt, body.add_special_tokens))
+        chat, messages = self._template(), messages_of(body.messages or ())
+        self._check_sizes(messages, limit)
+        return await self._off_loop(lambda: chat.encode(messages, body.add_generation_prompt))
+
+    async def detokenize(self, body: DetokenizeBody) -> str:
+        tokens = body.tokens
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.model.vocabulary:
+            raise Refused(f"token ids run from 0 to {self.model.vocabulary - 1}", "tokens")
+        return await self._off_loop(lambda: self.tokenizer.decode(tokens))
+
+    def _ids(self, prompt: str | list[int], limit: int) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        self.tokenizer.check_size(prompt, limit, "prompt")
+        return self.tokenizer.encode(prompt)
+
+    def _template(self) -> ChatTemplate:
+        if self._chat is None:
+            raise Refused("this model has no chat template; use /v1/completions", "messages")
+        return self._chat
+
+    def _check_sizes(self, messages: Sequence[dict[str, str]], limit: int) -> None:
+        for message in messages:
+            self.tokenizer.check_size(message["content"], limit, "messages")
+
+    async def _off_loop(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def params_of(body: GenerationBody, max_tokens: int | None, default: int | None) -> SamplingParams:
+    """The body's parameters, complete with the API's defaults. Raises Refused."""
+    if body.user is not None and len(body.user) > MAX_USER:
+        raise Refused(f"user is longer than {MAX_USER} characters", "user")
+    if body.stream_options is not None and not body.stream:
+        raise Refused("stream_options need stream: true", "stream_options")
+    return SamplingParams(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        seed=body.seed,
+        stop=() if body.stop is None else body.stop,
+        stop_token_ids=() if body.stop_token_ids is None else body.stop_token_ids,
+        ignore_eos=bool(body.ignore_eos),
+        min_tokens=body.min_tokens or 0,
+        max_tokens=default if max_tokens is None else max_tokens,
+        n=1 if body.n is None else body.n,
+    )
+
+
+def _salt(body: GenerationBody) -> str | None:
+    if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= MAX_SALT:
+        raise Refused(f"cache_salt must have 1 to {MAX_SALT} characters", "cache_salt")
+    return body.cache_salt
