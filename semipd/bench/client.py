@@ -7,6 +7,7 @@ and latencies count from that moment.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import signal
@@ -27,6 +28,7 @@ from semipd.bench.progress import Progress
 from semipd.bench.report import json_line, latency_table
 from semipd.bench.workload import Arrival
 from semipd.core.errors import ConfigError
+from semipd.flags import add_flags, from_flags
 
 PREPARED = 512  # requests made before the clock starts
 PROBE_SECONDS = 10.0
@@ -250,9 +252,9 @@ async def measure(options: Options, show: bool = False) -> dict[str, Any]:
 def _describe(options: Options) -> str:
     """The load in a few words."""
     if options.trace is not None:
-        text = f"trace {options.trace_format} at {options.trace_speed} times its speed"
+        text = f"trace {options.trace_format} at {options.trace_speed:g} times its speed"
     elif options.rate is not None:
-        text = f"{options.arrivals} at {options.rate}/s"
+        text = f"{options.arrivals} at {options.rate:g}/s"
     else:
         text = f"{options.streams} streams"
     if options.trace is None:
@@ -327,9 +329,15 @@ def run(options: Options) -> dict[str, Any]:
     return asyncio.run(measure(options, show=sys.stderr.isatty()))
 
 
-def main(options: Options) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `semipd bench serve`."""
+    add_flags(parser, Options)
+
+
+def run_command(namespace: argparse.Namespace) -> int:
     """Run, print the table and, as the last line, the JSON object. Returns the exit code: 0; 1 when no
     request succeeded; 130 when interrupted. Raises ConfigError (one line, exit code 2)."""
+    options = from_flags(Options, namespace)
     result = run(options)
     if not options.json:
         print_result(result)

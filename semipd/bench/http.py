@@ -156,7 +156,7 @@ class Connection(asyncio.Protocol):
             head = bytes(self._buffer[:end])
             del self._buffer[: end + 4]
             self._start(head)
-            if self._left == 0:
+            if self._response is not None and self._left == 0:
                 self._end(keep=True)
                 return
         data = bytes(self._buffer)

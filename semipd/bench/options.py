@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from semipd.bench import lengths, traces, workload
 from semipd.bench.payload import CHAT, COMPLETIONS
 from semipd.bench.workload import Arrival, Lengths, Times
-from semipd.config import Setting, check
 from semipd.core.errors import ConfigError
+from semipd.flags import check_fields, setting
 
 DEFAULT_REQUESTS = 100
 DEFAULT_CONCURRENCY = 8
-
-
-def _setting(default: Any, help: str, kind: str = "text", **rest: Any) -> Any:
-    return field(default=default, metadata={"setting": Setting(help, kind, **rest)})
 
 
 @dataclass(frozen=True)
 class Options:
     """Benchmark of a server"""
 
-    url: str = _setting("http://127.0.0.1:8000", "the server; any that speaks OpenAI's HTTP API")
-    model: str | None = _setting(None, "model to ask for (default: the first of /v1/models)")
-    endpoint: str = _setting(COMPLETIONS, "which API to measure", "choice", choices=(COMPLETIONS, CHAT))
-    requests: int | None = _setting(
+    url: str = setting("http://127.0.0.1:8000", "the server; any that speaks OpenAI's HTTP API")
+    model: str | None = setting(None, "model to ask for (default: the first of /v1/models)")
+    endpoint: str = setting(COMPLETIONS, "which API to measure", "choice", choices=(COMPLETIONS, CHAT))
+    requests: int | None = setting(
         None, f"how many to send (default: {DEFAULT_REQUESTS})", "size", low=1, high=10**9
     )
-    duration: float | None = _setting(
+    duration: float | None = setting(
         None, "stop sending after this time, instead of --requests", "seconds", low=0.1, high=1e6
     )
-    rate: str | None = _setting(
-        None, "arrivals per second on a schedule that does not wait for answers; inf: all at once"
+    rate: float | None = setting(
+        None,
+        "arrivals per second on a schedule that does not wait for answers; inf: all at once",
+        "number",
+        low=1e-6,
+        high=math.inf,
     )
-    arrivals: str = _setting("poisson", "with --rate: poisson, gamma:CV or onoff:ON,OFF (two times)")
-    concurrency: int | None = _setting(
+    arrivals: str = setting("poisson", "with --rate: poisson, gamma:CV or onoff:ON,OFF (two times)")
+    concurrency: int | None = setting(
         None,
         "without --rate: streams kept busy (default: "
         f"{DEFAULT_CONCURRENCY}); with it: most requests at a time",
@@ -49,65 +46,52 @@ class Options:
         low=1,
         high=10000,
     )
-    input_length: str = _setting("256", "prompt tokens: 1024, 4K, or 128:1024 for uniform")
-    output_length: str = _setting("64", "output tokens, likewise")
-    workload: str | None = _setting(
+    input_length: str = setting("256", "prompt tokens: 1024, 4K, or 128:1024 for uniform")
+    output_length: str = setting("64", "output tokens, likewise")
+    workload: str | None = setting(
         None, f"lengths like a data set's, instead of the two above: {', '.join(lengths.NAMED)}"
     )
-    length_scale: str = _setting("1", "multiplies the lengths of --workload, for small models")
-    trace: str | None = _setting(None, "replay the arrivals and lengths of this file")
-    trace_format: str = _setting("semipd", "format of --trace", "choice", choices=tuple(traces.READERS))
-    trace_speed: str = _setting("1", "replay this many times as fast as recorded")
-    prompt_kind: str = _setting(
+    length_scale: float = setting(
+        1.0, "multiplies the lengths of --workload, for small models", "number", low=1e-4, high=1e3
+    )
+    trace: str | None = setting(None, "replay the arrivals and lengths of this file")
+    trace_format: str = setting("semipd", "format of --trace", "choice", choices=tuple(traces.READERS))
+    trace_speed: float = setting(
+        1.0, "replay this many times as fast as recorded", "number", low=1e-6, high=1e6
+    )
+    prompt_kind: str = setting(
         "auto",
         "random prompts as token ids or as text (auto: ids for completions, text for chat)",
         "choice",
         choices=("auto", "ids", "text"),
     )
-    vocab_size: int | None = _setting(
+    vocab_size: int | None = setting(
         None, "ids are drawn below this (default: 1000)", "size", low=2, high=2**24
     )
-    ignore_eos: bool = _setting(True, "ask for exactly the output length", "flag")
-    seed: int = _setting(0, "of times, lengths and prompts", "integer", low=0, high=2**63 - 1)
-    warmup: int = _setting(0, "requests sent before, one by one, not counted", "integer", low=0, high=10**6)
-    timeout: float = _setting(600.0, "most time for one request", "seconds", low=0.01, high=1e6)
-    api_key: str | None = _setting(None, "sent as a bearer token")
-    ttft_slo: float | None = _setting(
+    ignore_eos: bool = setting(True, "ask for exactly the output length", "flag")
+    seed: int = setting(0, "of times, lengths and prompts", "integer", low=0, high=2**63 - 1)
+    warmup: int = setting(0, "requests sent before, one by one, not counted", "integer", low=0, high=10**6)
+    timeout: float = setting(600.0, "most time for one request", "seconds", low=0.01, high=1e6)
+    api_key: str | None = setting(None, "sent as a bearer token")
+    ttft_slo: float | None = setting(
         None, "count requests that meet this TTFT (goodput)", "seconds", low=1e-6, high=1e6
     )
-    tpot_slo: float | None = _setting(
+    tpot_slo: float | None = setting(
         None, "count requests that meet this TPOT (goodput)", "seconds", low=1e-6, high=1e6
     )
-    json: bool = _setting(False, "print the JSON line only", "flag")
+    json: bool = setting(False, "print the JSON line only", "flag")
 
     def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            value = getattr(self, entry.name)
-            if value is not None:
-                object.__setattr__(self, entry.name, check(entry.name, value, entry.metadata["setting"]))
+        check_fields(self)
         if self.endpoint == CHAT and self.prompt_kind == "ids":
             raise ConfigError("--prompt-kind ids: a chat takes text only")
         if self.arrivals != "poisson" and self.rate is None:
             raise ConfigError("--arrivals needs --rate")
         if self.trace and (self.rate or self.workload):
             raise ConfigError("--trace brings its own times and lengths; drop --rate and --workload")
-        if self.rate is not None and workload.parse_rate(self.rate) == math.inf and self.limit is None:
+        if self.rate == math.inf and self.limit is None:
             raise ConfigError("--rate inf needs --requests")
         self.times, self.lengths  # refuse what does not parse  # noqa: B018
-
-    @staticmethod
-    def parse(values: Mapping[str, Any]) -> Options:
-        """From flat names ("max-requests" or with underscores). None means the default.
-
-        Raises ConfigError for an unknown name (suggesting the nearest) or a value out of bounds."""
-        known = [entry.name for entry in dataclasses.fields(Options)]
-        given = {str(key).replace("-", "_"): value for key, value in values.items()}
-        for name in given:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-                raise ConfigError(f"unknown setting {name!r}{hint}")
-        return Options(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def as_text(self) -> bool:
@@ -133,7 +117,7 @@ class Options:
     @property
     def times(self) -> Times:
         """The arrival process. Without a rate, times are not looked at."""
-        return workload.parse_times(self.arrivals, workload.parse_rate(self.rate or "inf"))
+        return workload.parse_times(self.arrivals, self.rate or math.inf)
 
     @property
     def lengths(self) -> Lengths:
@@ -141,16 +125,14 @@ class Options:
             return lengths.Pair(
                 lengths.parse_side(self.input_length), lengths.parse_side(self.output_length)
             )
-        return lengths.Scaled(lengths.named(self.workload), _factor("--length-scale", self.length_scale))
+        return lengths.Scaled(lengths.named(self.workload), self.length_scale)
 
     def plan(self) -> Iterator[Arrival]:
         """The arrivals to send, lazily. Raises ConfigError on a bad row of a trace."""
         if self.trace is None:
             duration = self.duration if self.scheduled else None
             return workload.generate(self.times, self.lengths, self.seed, self.limit, duration)
-        rows = traces.read(
-            self.trace, self.trace_format, self.seed, _factor("--trace-speed", self.trace_speed)
-        )
+        rows = traces.read(self.trace, self.trace_format, self.seed, self.trace_speed)
         return self._cut(islice(rows, self.requests))
 
     def _cut(self, rows: Iterator[Arrival]) -> Iterator[Arrival]:
@@ -158,10 +140,3 @@ class Options:
             if self.duration is not None and row.time > self.duration:
                 return
             yield row
-
-
-def _factor(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{flag}: {text!r} is not a number") from None

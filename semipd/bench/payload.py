@@ -82,7 +82,7 @@ class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
+    tool_calls: list[Any] | None = None
 
     @property
     def empty(self) -> bool:
@@ -103,7 +103,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = msgspec.field(default_factory=list)
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _DECODER = msgspec.json.Decoder(_Chunk)
@@ -114,8 +114,8 @@ class Stream:
 
     A chunk counts as output when it carries text, or when it carries none but neither opens nor closes
     the answer (a token may have no text of its own: half a character, a special token). An empty closing
-    chunk counts only if the usage then states more tokens than there were chunks: the last token may have
-    come with it.
+    chunk counts only if the usage then states exactly one token more than there were chunks: the last token
+    came with it.
     """
 
     def __init__(self, record: Record) -> None:
@@ -136,7 +136,7 @@ class Stream:
     def finish(self) -> None:
         """The body has ended: settle the closing chunk and what is missing."""
         record = self.record
-        if self._closing is not None and record.stated_output > len(record.chunks):
+        if self._closing is not None and record.stated_output == len(record.chunks) + 1:
             record.chunks.append(self._closing)
         if record.error is None and not self.ended:
             record.error = "stream ended early"
@@ -175,13 +175,14 @@ class Stream:
         self.record.chunks.append(now)
 
 
-def error_of(raw: bytes | msgspec.Raw) -> tuple[str, str]:
-    """(kind, message) of an OpenAI error answer or object; the kind is short, so that like errors are
-    counted together. Both are empty when there is nothing to be read."""
-    try:
-        error = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return "", ""
+def error_of(error: object) -> tuple[str, str]:
+    """(kind, message) of an OpenAI error, given as an answer's body or as the decoded object; the kind is
+    short, so that like errors are counted together. Both are empty when there is nothing to be read."""
+    if isinstance(error, bytes):
+        try:
+            error = msgspec.json.decode(error)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return "", ""
     if isinstance(error, dict) and "error" in error:
         error = error["error"]
     if not isinstance(error, dict):

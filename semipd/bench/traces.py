@@ -102,7 +102,8 @@ def _in_order(path: Path, rows: Iterable[tuple[int, Arrival]]) -> Iterator[Arriv
 
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """(row number, the named columns) of each row, which must have as many fields as the header."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Bytes that are no text pass as surrogates: the field that needs them then names its row.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = csv.reader(file)
         try:
             header = [name.strip() for name in next(lines, [])]
@@ -116,7 +117,7 @@ def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[
                 if len(fields) != len(header):
                     raise _bad(path, lines.line_num, f"{len(fields)} fields, not {len(header)}")
                 yield lines.line_num, [fields[place].strip() for place in places]
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise _bad(path, lines.line_num + 1, error) from None
 
 

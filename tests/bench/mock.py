@@ -10,6 +10,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class Connections:
+    """What a test's server still holds open, so that no socket outlives the test."""
+
+    def __init__(self) -> None:
+        self._open: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
+
+    def register(self, writer: asyncio.StreamWriter) -> None:
+        """Note the connection that the present task handles."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[task] = writer
+
+    async def end(self) -> None:
+        await asyncio.sleep(0.01)  # one that was just accepted has its task by then
+        for task in self._open:
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+        for writer in self._open.values():
+            writer.transport.abort()
+        await asyncio.sleep(0.01)  # transports let go of their sockets a round later
+
+
 @dataclass
 class Mock:
     """Settings, and what was asked so far. Seconds.
@@ -32,22 +54,24 @@ class Mock:
     connections: int = 0
     url: str = ""
     cancelled: int = 0
-    _room: asyncio.Semaphore | None = None
+    _room: asyncio.Semaphore = field(init=False)
+    _open: Connections = field(init=False)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Mock]:
         """Listen on a free loopback port for as long as the block lasts."""
-        self._room = asyncio.Semaphore(self.lanes)
+        self._room, self._open = asyncio.Semaphore(self.lanes), Connections()
         server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         try:
             yield self
         finally:
             server.close()
-            await server.wait_closed()
+            await self._open.end()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._open.register(writer)
         try:
             while await self._exchange(reader, writer):
                 pass
@@ -71,7 +95,6 @@ class Mock:
             _plain(writer, self.status, {"error": {"message": "not now", "type": "busy"}})
         else:
             self.requests.append(json.loads(body))
-            assert self._room is not None
             async with self._room:
                 return await self._stream(writer, self.requests[-1], path.endswith("/chat/completions"))
         await writer.drain()
