@@ -64,7 +64,7 @@ def latency_table(
     from rich.table import Table
 
     file = sys.stdout if file is None else file
-    console = Console(file=file, width=None if file.isatty() else 100, highlight=False)
+    console = Console(file=file, width=None if file.isatty() else 100, highlight=False, markup=False)
     console.rule(title, style="none")
     grid = Table.grid(padding=(0, 2))
     for name, value in facts:

@@ -53,7 +53,7 @@ class Mock:
     requests: list[dict[str, Any]] = field(default_factory=list)
     connections: int = 0
     url: str = ""
-    cancelled: int = 0
+    closed: int = 0  # connections that the client ended
     _room: asyncio.Semaphore = field(init=False)
     _open: Connections = field(init=False)
 
@@ -76,7 +76,7 @@ class Mock:
             while await self._exchange(reader, writer):
                 pass
         except (asyncio.IncompleteReadError, ConnectionError):
-            self.cancelled += 1
+            self.closed += 1
         finally:
             writer.close()
 
