@@ -45,8 +45,52 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class MoeSpec:
+    """Mixture of experts in every layer after the first `dense_layers`.
+
+    experts: routed experts, of which each token goes to `chosen`; `width`: intermediate size of each;
+    shared: experts of that size that every token goes to.
+    """
+
+    experts: int
+    chosen: int
+    width: int
+    shared: int = 0
+    dense_layers: int = 0
+
+    def read_experts(self, tokens: float) -> float:
+        """Distinct routed experts that this many tokens reach, in expectation."""
+        return self.experts * float(1.0 - (1.0 - self.chosen / self.experts) ** tokens)
+
+
+@dataclass(frozen=True)
+class MlaSpec:
+    """Multi-head latent attention: one compressed key-value row per position, shared by all heads.
+
+    kv_rank: size of the compressed row; rope_dim: its part with positions, kept beside it; nope_dim,
+    value_dim: sizes per head after expansion; query_rank: of the query's low-rank form (0: none).
+    """
+
+    kv_rank: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+    query_rank: int = 0
+
+    @property
+    def latent_dim(self) -> int:
+        """Values kept per position and layer."""
+        return self.kv_rank + self.rope_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Size of one head's query."""
+        return self.nope_dim + self.rope_dim
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder's shape.
+    """A decoder's shape; dense with grouped-query attention unless `moe` or `mla` says otherwise.
 
     sliding_layers: layers that see only the last `sliding_window` positions, themselves included.
     dtype: what the checkpoint is stored in; empty when its config does not say.
@@ -74,13 +118,15 @@ class ModelSpec:
     dtype: str = ""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    moe: MoeSpec | None = None
+    mla: MlaSpec | None = None
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> ModelSpec:
         """Read a Hugging Face config.json, of transformers 4 or 5. Raises ConfigError for an architecture
         or a feature that the model room does not implement."""
-        family = _family(config)
         read = ConfigReader(config)
+        family = _family(read)
         read.refuse_unless("hidden_act", "silu")
         if config.get("quantization_config"):
             raise ConfigError("quantised checkpoints are not supported (quantization_config)")
@@ -124,6 +170,10 @@ class ModelSpec:
             raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} KV heads")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta {self.rope_theta} is not above 1")
+        if self.rope_scaling.high_freq_factor <= self.rope_scaling.low_freq_factor:
+            raise ConfigError("high_freq_factor is not above low_freq_factor")
 
     def window(self, layer: int) -> int | None:
         """How many positions this layer sees, or None for all."""
@@ -135,18 +185,42 @@ class ModelSpec:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property
-    def layer_linear_parameters(self) -> int:
-        """Weights (without biases) of the linears of one layer."""
-        attention = self.qkv_rows + self.heads * self.head_dim
-        return self.hidden * (attention + 3 * self.intermediate)
+    def attention_parameters(self) -> int:
+        """Weights (without biases) of the linears around one layer's attention."""
+        if self.mla is None:
+            return self.hidden * (self.qkv_rows + self.heads * self.head_dim)
+        query = self.heads * self.mla.query_dim
+        rank = self.mla.query_rank
+        query_in = (self.hidden + query) * rank if rank else self.hidden * query
+        expand = self.mla.kv_rank * self.heads * (self.mla.nope_dim + self.mla.value_dim)
+        out = self.heads * self.mla.value_dim * self.hidden
+        return query_in + self.hidden * self.mla.latent_dim + expand + out
+
+    def feed_forward_parameters(self, layer: int, experts: float | None = None) -> float:
+        """Weights of one layer's feed-forward block; of an expert layer, those of its router, its shared
+        experts and `experts` routed ones (all without a number)."""
+        moe = self.moe
+        if moe is None or layer < moe.dense_layers:
+            return self.hidden * 3 * self.intermediate
+        routed = moe.experts if experts is None else experts
+        return self.hidden * (moe.experts + 3 * moe.width * (moe.shared + routed))
 
     @property
     def parameters(self) -> int:
         """Distinct parameters; a tied head counts once."""
-        layer = self.layer_linear_parameters + 2 * self.hidden
+        return int(self._linear_parameters(None)) + self._other_parameters()
+
+    def _linear_parameters(self, experts: float | None) -> float:
+        feed = sum(self.feed_forward_parameters(layer, experts) for layer in range(self.layers))
+        return self.layers * self.attention_parameters + feed
+
+    def _other_parameters(self) -> int:
+        layer = 2 * self.hidden
         layer += self.qkv_bias * self.qkv_rows + self.o_bias * self.hidden
         layer += self.mlp_bias * (2 * self.intermediate + self.hidden)
         layer += self.qk_norm * 2 * self.head_dim
+        if self.mla is not None:
+            layer += self.mla.query_rank + self.mla.kv_rank
         tables = 1 if self.tied else 2
         return self.layers * layer + tables * self.vocabulary * self.hidden + self.hidden
 
@@ -154,14 +228,23 @@ class ModelSpec:
         """Bytes of all parameters."""
         return int(self.parameters * bytes_per_parameter)
 
+    def read_bytes(self, tokens: float, bytes_per_parameter: float = 2) -> float:
+        """Bytes of the weights that a step of this many tokens must read: linears, head and the experts
+        that these tokens reach."""
+        experts = None if self.moe is None else self.moe.read_experts(tokens)
+        linears = self._linear_parameters(experts)
+        return (linears + self.vocabulary * self.hidden) * bytes_per_parameter
+
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
-        """Bytes of keys and values that one position takes, all layers."""
-        return int(2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value)
+        """Bytes of what one position leaves in the KV cache, all layers."""
+        row = 2 * self.kv_heads * self.head_dim if self.mla is None else self.mla.latent_dim
+        return int(self.layers * row * bytes_per_value)
 
     @property
     def linear_flops_per_token(self) -> int:
         """FLOPs of the layers' linears for one position; the head is counted per sampled row."""
-        return 2 * self.layers * self.layer_linear_parameters
+        chosen = None if self.moe is None else self.moe.chosen
+        return 2 * int(self._linear_parameters(chosen))
 
     @property
     def head_flops_per_row(self) -> int:
@@ -170,7 +253,8 @@ class ModelSpec:
 
     def attention_flops(self, tokens_new: int, context: int) -> int:
         """FLOPs of attention for the last `tokens_new` of `context` positions, all layers."""
-        per_pair = 4 * self.heads * self.head_dim
+        per_head = 2 * self.head_dim if self.mla is None else self.mla.query_dim + self.mla.value_dim
+        per_pair = 2 * self.heads * per_head
         sliding = len(self.sliding_layers)
         pairs = (self.layers - sliding) * _attended(tokens_new, context, None)
         pairs += sliding * _attended(tokens_new, context, self.sliding_window)
@@ -211,17 +295,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _family(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures") or []
-    name = architectures[0] if architectures else None
-    if name is None and config.get("model_type") in FAMILIES.values():
-        return str(config["model_type"])
-    if name not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ConfigError(
-            f"architecture {name or config.get('model_type')!r} is not supported (only {known})"
-        )
-    return FAMILIES[name]
+def _family(read: ConfigReader) -> str:
+    name = next(iter(read.items("architectures")), None)
+    model_type = read.config.get("model_type")
+    for architecture, family in FAMILIES.items():
+        if name == architecture or (name is None and model_type == family):
+            return family
+    raise ConfigError(f"architecture {name or model_type!r} is not supported (only {', '.join(FAMILIES)})")
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -239,11 +319,11 @@ def _window(read: ConfigReader, family: str, layers: int) -> tuple[int | None, f
         window = read.optional_count("sliding_window", 4096)
         return window, frozenset(range(layers)) if window else frozenset()
     window = read.optional_count("sliding_window", 4096) if read.flag("use_sliding_window") else None
-    kinds = read.config.get("layer_types")
-    if kinds is None:
+    kinds = read.items("layer_types")
+    if not kinds:
         first = read.config.get("max_window_layers", 28)
         kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    if len(kinds) != layers or any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
         raise ConfigError("layer_types must name full_attention or sliding_attention for every layer")
     sliding = frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     return (window, sliding) if window else (None, frozenset())
@@ -252,7 +332,7 @@ def _window(read: ConfigReader, family: str, layers: int) -> tuple[int | None, f
 def _rope(read: ConfigReader, max_positions: int) -> tuple[float, RopeScaling]:
     """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
     (before)."""
-    values = {**(read.config.get("rope_scaling") or {}), **(read.config.get("rope_parameters") or {})}
+    values = {**read.mapping("rope_scaling"), **read.mapping("rope_parameters")}
     rope = ConfigReader(values)
     theta = rope.number("rope_theta", read.number("rope_theta", 10000.0))
     kind = values.get("rope_type") or values.get("type") or "default"
@@ -263,7 +343,6 @@ def _rope(read: ConfigReader, max_positions: int) -> tuple[float, RopeScaling]:
     if kind == "default":
         return theta, RopeScaling()
     original = read.config.get("original_max_position_embeddings") or max_positions
-    attention_factor = values.get("attention_factor")
     return theta, RopeScaling(
         kind=kind,
         factor=rope.number("factor"),
@@ -273,7 +352,7 @@ def _rope(read: ConfigReader, max_positions: int) -> tuple[float, RopeScaling]:
         beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0),
         truncate=bool(values.get("truncate", True)),
-        attention_factor=None if attention_factor is None else rope.number("attention_factor"),
-        mscale=rope.number("mscale", 0.0),
-        mscale_all_dim=rope.number("mscale_all_dim", 0.0),
+        attention_factor=rope.number("attention_factor") if values.get("attention_factor") else None,
+        mscale=rope.number("mscale") if values.get("mscale") else 0.0,
+        mscale_all_dim=rope.number("mscale_all_dim") if values.get("mscale_all_dim") else 0.0,
     )
