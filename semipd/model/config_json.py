@@ -21,11 +21,18 @@ class ConfigReader:
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number from 1 on."""
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_COUNT:
+        value = self.whole(key, default)
+        if value == 0:
             raise ConfigError(
                 f"the model's config says {key}: {value!r}; it must be a whole number above 0"
             )
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number from 0 on."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+            raise ConfigError(f"the model's config says {key}: {value!r}; it must be a whole number")
         return value
 
     def optional_count(self, key: str, default: int) -> int | None:
@@ -35,10 +42,11 @@ class ConfigReader:
         return self.count(key, default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
+        """A finite number above 0."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"the model's config says {key}: {value!r}; it must be a number")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"the model's config says {key}: {value!r}; it must be a number above 0")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -57,6 +65,20 @@ class ConfigReader:
                 f"the model's config says {key}: {value!r}; it must be a token id or a list of them"
             )
         return tuple(item for item in values if item >= 0)  # some configs write -1 for none
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A JSON object; empty when absent."""
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"the model's config says {key}: {value!r}; it must be an object")
+        return value or {}
+
+    def items(self, key: str) -> list[Any]:
+        """A list; empty when absent."""
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, list):
+            raise ConfigError(f"the model's config says {key}: {value!r}; it must be a list")
+        return value or []
 
     def refuse_unless(self, key: str, expected: Any) -> None:
         """Raise when the key is set to anything that is not implemented."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 _MASK = 2**64 - 1
-_HEAD_WIDTH = 12.0  # natural-log units below the best logit in which to look for top-k and top-p cuts first
+_HEAD = np.float32(1e-5)  # weights from here up (the best has 1) are searched first for a cut
+_BLOCK = 256  # entries whose weights are summed together, so that a draw scans the vocabulary only once
 
 
 @dataclass(frozen=True)
@@ -38,46 +39,60 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
     """One token per row of logits, float32 [n, vocabulary], which is overwritten where tokens are banned.
 
     Raises FloatingPointError when a row holds NaN, or nothing finite to choose from."""
+    values = logits.numpy()
     banning = (rows.position < rows.ban_until) & (rows.ban_count > 0)
     for row in np.flatnonzero(banning).tolist():
-        banned = rows.ban_tokens[row, : rows.ban_count[row]].astype(np.int64)
-        logits[row, torch.from_numpy(banned)] = float("-inf")
-    best, tokens = logits.max(dim=-1)  # NaN counts as the largest of all
-    bad = np.flatnonzero(~np.isfinite(best.numpy()))
+        values[row, rows.ban_tokens[row, : rows.ban_count[row]]] = -np.inf
+    tokens = values.argmax(axis=1)  # the first of equals; NaN counts as the largest of all
+    best = values[np.arange(len(tokens)), tokens]
+    bad = np.flatnonzero(~np.isfinite(best))
     if bad.size:
         raise FloatingPointError(
             f"the logits of row {bad[0]} have no finite maximum: {float(best[bad[0]])}"
         )
     chosen: list[int] = tokens.tolist()
     for row in np.flatnonzero(rows.temperature > 0).tolist():
-        kept, weights = filtered(
-            logits[row].numpy(),
-            float(best[row]),
+        weights = filtered_weights(
+            values[row],
             float(rows.temperature[row]),
             int(rows.top_k[row]),
             float(rows.top_p[row]),
             float(rows.min_p[row]),
         )
-        chosen[row] = int(kept[_draw(weights, uniform(int(rows.seed[row]), int(rows.position[row])))])
+        chosen[row] = draw(weights, uniform(int(rows.seed[row]), int(rows.position[row])))
     return chosen
 
 
-def filtered(
-    logits: np.ndarray, best: float, temperature: float, top_k: int, top_p: float, min_p: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, ascending; their weights, float64, the largest 1) that the filters leave. best: max of logits.
+def filtered_weights(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float
+) -> np.ndarray:
+    """Unnormalised probabilities of the entries that the filters leave, 0 elsewhere; the best has 1.
 
     Every filter is a cut-off value, so equal logits stay or go together."""
-    scaled = (logits - np.float32(best)) / np.float32(max(temperature, 1e-20))
-    cut = np.float32(-np.inf)
-    if 0 < top_k < scaled.size:
-        cut = _top_k_cut(scaled, top_k)
+    weights: np.ndarray = logits - logits.max()
+    with np.errstate(over="ignore"):
+        weights /= np.float32(max(temperature, 1e-20))
+    np.exp(weights, out=weights)
+    cut = np.float32(0.0)
+    if 0 < top_k < weights.size:
+        cut = _top_k_cut(weights, top_k)
     if top_p < 1.0:
-        cut = max(cut, _top_p_cut(scaled, cut, top_p))
-    if min_p > 0.0:
-        cut = max(cut, np.float32(np.log(min_p)))
-    kept = np.flatnonzero(scaled >= cut) if cut > -np.inf else np.flatnonzero(scaled > -np.inf)
-    return kept, np.exp(scaled[kept].astype(np.float64))
+        cut = max(cut, _top_p_cut(weights, cut, top_p))
+    cut = max(cut, np.float32(min_p))
+    if cut > 0.0:
+        weights *= weights >= cut
+    return weights
+
+
+def draw(weights: np.ndarray, number: float) -> int:
+    """The index whose share of the cumulative weights contains `number`, from [0, 1). Sums are float64."""
+    blocks = np.zeros((-(-weights.size // _BLOCK), _BLOCK), np.float32)
+    blocks.reshape(-1)[: weights.size] = weights
+    totals = np.cumsum(blocks.sum(axis=1, dtype=np.float64))
+    target = number * totals[-1]
+    block = _first_above(totals, target)
+    within = np.cumsum(blocks[block], dtype=np.float64)
+    return block * _BLOCK + _first_above(within, target - (totals[block - 1] if block else 0.0))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -94,29 +109,28 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _draw(weights: np.ndarray, number: float) -> int:
-    """The index whose share of the cumulative weights contains `number`."""
-    cumulative = np.cumsum(weights)
-    return min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), weights.size - 1)
+def _first_above(cumulative: np.ndarray, target: float) -> int:
+    """The first index whose cumulative value exceeds `target`; rounding aside, else the last that adds."""
+    index = int(np.searchsorted(cumulative, target, side="right"))
+    return index if index < cumulative.size else int(np.searchsorted(cumulative, cumulative[-1]))
 
 
-def _top_k_cut(scaled: np.ndarray, top_k: int) -> np.float32:
-    """The value of the k-th largest entry."""
-    head = scaled[scaled >= -_HEAD_WIDTH]
+def _top_k_cut(weights: np.ndarray, top_k: int) -> np.float32:
+    """The k-th largest weight."""
+    head = weights[weights >= _HEAD]
     if head.size < top_k:
-        head = scaled
+        head = weights
     return np.float32(np.partition(head, head.size - top_k)[head.size - top_k])
 
 
-def _top_p_cut(scaled: np.ndarray, cut: np.float32, top_p: float) -> np.float32:
-    """The smallest value kept by top-p among the entries >= cut: an entry stays while those above it hold
-    less than `top_p` of the mass. The largest always stays."""
-    among = scaled[scaled >= cut] if cut > -np.inf else scaled
-    total = float(np.exp(among).sum(dtype=np.float64))
-    for width in (_HEAD_WIDTH, np.inf):
-        head = np.sort(among[among >= -width])[::-1]
-        above = np.cumsum(np.exp(head.astype(np.float64)))
-        kept = int(np.searchsorted(above, top_p * total, side="left")) + 1
+def _top_p_cut(weights: np.ndarray, cut: np.float32, top_p: float) -> np.float32:
+    """The smallest weight kept by top-p among those >= cut: an entry stays while those above it hold less
+    than `top_p` of the mass. The largest always stays."""
+    among = weights[weights >= cut] if cut > 0.0 else weights
+    wanted = top_p * float(among.sum(dtype=np.float64))
+    for least in (_HEAD, np.float32(0.0)):
+        head = np.sort(among[among >= least])[::-1]
+        kept = int(np.searchsorted(np.cumsum(head, dtype=np.float64), wanted, side="left")) + 1
         if kept <= head.size:
             break
-    return np.float32(head[max(1, min(kept, head.size)) - 1])
+    return np.float32(head[min(kept, head.size) - 1])

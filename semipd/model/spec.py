@@ -321,7 +321,7 @@ def _window(read: ConfigReader, family: str, layers: int) -> tuple[int | None, f
     window = read.optional_count("sliding_window", 4096) if read.flag("use_sliding_window") else None
     kinds = read.items("layer_types")
     if not kinds:
-        first = read.config.get("max_window_layers", 28)
+        first = read.whole("max_window_layers", 28)
         kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     if len(kinds) != layers or any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
         raise ConfigError("layer_types must name full_attention or sliding_attention for every layer")
