@@ -7,11 +7,11 @@ import contextlib
 import dataclasses
 import sys
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,6 +20,7 @@ from semipd.build import Resolved, build_engine, resolve
 from semipd.config import Config, ServerConfig, from_mapping
 from semipd.core.errors import ConfigError, EngineDead, Refused
 from semipd.serve.generation import Plan, RequestMaker, generate
+from semipd.serve.messages import Stats
 from semipd.serve.model_folder import ModelFolder, read_model_folder
 from semipd.serve.params import SamplingParams
 from semipd.serve.planner import Build
@@ -31,6 +32,7 @@ from semipd.serve.tokenizer import Tokenizer
 LONG_BATCH = 8  # prompts; from here on, a terminal is shown a progress bar
 
 Prompt = str | Sequence[int]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -103,14 +105,11 @@ class LLM:
         """
         batch = _as_list(prompts)
         plan, ids = self._plan(batch, SamplingParams() if params is None else params)
-        work = self._run(plan, _empty_results(batch, ids, plan))
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(work)
-        # Inside somebody's event loop (a notebook), which cannot be entered twice.
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(asyncio.run, work).result()
+        return _complete(self._run(plan, _empty_results(batch, ids, plan)))
+
+    def stats(self) -> Stats:
+        """The engine's state and its metrics since the start."""
+        return _complete(self._stats())
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
         """Continue one prompt; yields what each choice gains as it comes."""
@@ -152,6 +151,14 @@ class LLM:
             await session.close()
         return results
 
+    async def _stats(self) -> Stats:
+        session = Session(ThreadLink(self._running()))
+        await session.open()
+        try:
+            return await session.stats()
+        finally:
+            await session.close()
+
     def _plan(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> tuple[Plan, list[list[int]]]:
@@ -184,6 +191,17 @@ class LLM:
         if self._thread is None:
             raise EngineDead("this LLM was closed")
         return self._thread
+
+
+def _complete(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine to its end, from anywhere."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    # Inside somebody's event loop (a notebook), which cannot be entered twice.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 def _builder(resolved: Resolved) -> Build:
