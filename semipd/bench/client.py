@@ -242,10 +242,13 @@ async def measure(options: Options, show: bool = False) -> dict[str, Any]:
         "model": server.model,
         "endpoint": options.endpoint,
         "load": _describe(options),
+        "rate": options.rate,
+        "concurrency": options.streams,
         "seed": options.seed,
         "interrupted": load.stopped,
         **result,
         "client_cpu_us_per_chunk": 1e6 * spent / max(result["chunks"], 1),
+        "client_cpu_share": spent / max(load.seconds, 1e-9),
     }
 
 
@@ -259,7 +262,8 @@ def _describe(options: Options) -> str:
         text = f"{options.streams} streams"
     if options.trace is None:
         lengths = f"{options.input_length} in, {options.output_length} out"
-        text += f", {options.workload or lengths}"
+        scale = "" if options.length_scale == 1 else f" times {options.length_scale:g}"
+        text += f", {options.workload + scale if options.workload else lengths}"
     return text
 
 
@@ -306,7 +310,9 @@ def print_result(result: dict[str, Any]) -> None:
     for name, meaning in _REMARKS.items():
         if result[name]:
             facts.append(("note", f"{result[name]} answers {meaning}"))
-    cost = f"{result['client_cpu_us_per_chunk']:.0f} us of CPU per chunk"
+    cost = (
+        f"{result['client_cpu_share']:.1%} of a core, {result['client_cpu_us_per_chunk']:.0f} us per chunk"
+    )
     late = result["send_delay_s"]["p99"]
     if late is not None:
         cost += f", requests sent {late * 1000:.1f} ms late (P99)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +84,10 @@ def test_pictures(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png", "c.svg"))
     with pytest.raises(ConfigError, match="cannot write"):
         plot_curves(tmp_path / "none" / "a.png", curves, title="T", x="rate", y="s")
+
+
+def test_clients_need_neither_torch_nor_matplotlib() -> None:
+    """They run where no engine does; and a second of imports is a second of every command."""
+    heavy = "{'torch', 'transformers', 'matplotlib'}"
+    code = f"import sys, semipd.bench.client, semipd.chat; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
