@@ -28,7 +28,7 @@ class ApiError(SemipdError):
 def body_of(error: Exception) -> tuple[int, bytes]:
     """HTTP status and JSON body for an error."""
     status, kind, code, param = _describe(error)
-    message = str(error)
+    message = error.detail if isinstance(error, HTTPException) else str(error)
     if status == 500 and not isinstance(error, SemipdError):
         message = "the server failed; its log says why"
     detail = {"message": message, "type": kind, "param": param, "code": code}

@@ -168,7 +168,9 @@ def parse(data: bytes, kind: type[Body]) -> Body:
     try:
         values = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        raise Refused(f"the body is not valid JSON: {error}", _culprit(data)) from None
+        if culprit := _culprit(data):
+            raise Refused(f"{culprit} holds NaN, an infinity or broken Unicode", culprit) from None
+        raise Refused(f"the body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise Refused("the body must be a JSON object")
     known = kind.__struct_fields__

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import setproctitle
 import uvicorn
+from starlette.types import ASGIApp
 
 from semipd.build import resolve
 from semipd.config import Config
@@ -73,21 +74,7 @@ class _Server:
         self._end = asyncio.Event()
         self._hurry = asyncio.Event()
         app = create_app(service, package_version(), config.server.api_key)
-        self._http = _Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                http="h11",  # bounds the headers; httptools does not
-                h11_max_incomplete_event_size=service.gate.limits.headers,
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
+        self._http = http_server(app, service.gate.limits)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -168,9 +155,26 @@ class _Server:
         self._terminate()
 
 
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us."""
+def http_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
+    """The app behind uvicorn: bounded headers, no log of its own, signals left to us."""
+    return _Uvicorn(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            http="h11",  # it bounds the headers; httptools does not
+            h11_max_incomplete_event_size=limits.headers,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+    )
 
+
+class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

@@ -1,0 +1,74 @@
+"""A live server on a loopback port, with the fake engine in a thread behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from semipd.serve.app import create_app
+from semipd.serve.chat import load_chat_template
+from semipd.serve.gate import Limits
+from semipd.serve.generation import RequestMaker
+from semipd.serve.model_folder import read_model_folder
+from semipd.serve.server import http_server
+from semipd.serve.service import Service
+from semipd.serve.session import Session
+from semipd.serve.thread_link import EngineThread, ThreadLink
+from semipd.serve.tokenizer import Tokenizer
+from tests.serve.fakes import LiveFake, make_engine
+
+
+class Serving:
+    """Where the server is, and what is behind it."""
+
+    def __init__(self, executor: LiveFake, service: Service, thread: EngineThread, port: int) -> None:
+        self.executor = executor
+        self.service = service
+        self.thread = thread
+        self.url = f"http://127.0.0.1:{port}"
+
+    def client(self, **headers: str) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20.0, headers=headers, trust_env=False)
+
+
+@contextmanager
+def serving(
+    folder: Path,
+    executor: LiveFake,
+    *,
+    api_key: str | None = None,
+    limits: Limits = Limits(),
+    sequences: int = 16,
+) -> Iterator[Serving]:
+    """Serve the folder's tokenizer over the executor's tokens until the block ends."""
+    engine_thread = EngineThread(lambda observers: make_engine(executor, observers, sequences=sequences))
+    session = Session(ThreadLink(engine_thread))
+    model = read_model_folder(folder)
+    tokenizer = Tokenizer(folder)
+    chat = load_chat_template(folder, tokenizer)
+    service = Service("tiny", model, tokenizer, chat, RequestMaker(model), session, limits)
+    http = http_server(create_app(service, "1.2.3", api_key), limits)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    async def main() -> None:
+        await session.open()
+        await http.serve(sockets=[listener])
+        await session.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    try:
+        yield Serving(executor, service, engine_thread, listener.getsockname()[1])
+    finally:
+        http.should_exit = True
+        thread.join(10)
+        service.close()
+        engine_thread.close()
+        listener.close()
+    assert not thread.is_alive(), "the server did not stop"

@@ -1,0 +1,186 @@
+"""The server as a process: how it starts, drains, is interrupted, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.serve.fakes import eventually, make_folder
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from semipd.config import from_mapping
+from semipd.core.errors import ConfigError
+from semipd.serve.gate import Limits
+from semipd.serve.server import run_server
+values = dict(pair.split("=") for pair in sys.argv[2:])
+try:
+    code = run_server(from_mapping({"model": sys.argv[1], "port": "0", **values}), Limits(drain=3.0),
+                      engine_module="tests.serve.fake_process")
+except ConfigError as error:
+    print(error, file=sys.stderr)
+    code = 2
+print("torch" in sys.modules, "transformers" in sys.modules)
+sys.exit(code)
+"""
+
+
+class Running:
+    """A server process and the engine process that it started."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stdout is not None
+        self.greeting = [process.stdout.readline() for _ in range(3)]
+        self.url = next(word for word in self.greeting[0].split() if word.startswith("http://"))
+        self.children = psutil.Process(process.pid).children(recursive=True)
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20.0, trust_env=False)
+
+    def ends_within(self, seconds: float) -> int:
+        code = self.process.wait(seconds)
+        with eventually(3.0) as wait_for:
+            wait_for(lambda: not any(map(_runs, self.children)))
+        return code
+
+
+def _runs(process: psutil.Process) -> bool:
+    """A zombie does not: only its parent's interest is missing."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("model"))
+
+
+@contextlib.contextmanager
+def start(folder: Path, *settings: str, pace: int = 0) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), *settings],
+        cwd=ROOT,
+        env={**os.environ, "FAKE_PACE": str(pace)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def running(folder: Path, *settings: str, pace: int = 0) -> Iterator[Running]:
+    with start(folder, *settings, pace=pace) as process:
+        yield Running(process)
+
+
+LONG = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True}
+
+
+def test_it_serves_without_torch_and_ctrl_c_ends_it(folder: Path) -> None:
+    with running(folder, pace=20) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+        assert "curl " in server.greeting[2] and server.url in server.greeting[2]
+        names = {child.cmdline()[0] for child in server.children if child.cmdline()}
+        assert names == {"semipd-engine"}
+        assert client.post("/v1/completions", json={"prompt": "hello"}).status_code == 200
+        cut = pool.submit(lambda: client.post("/v1/completions", json=LONG))
+        time.sleep(0.3)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.ends_within(5.0) == 0
+        assert time.monotonic() - began < 5.0
+        assert cut.result(5).status_code == 503
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() == "False False\n", (
+            "torch or transformers came into the API process"
+        )
+
+
+def test_sigterm_drains(folder: Path) -> None:
+    with running(folder, pace=10) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(lambda: client.post("/v1/completions", json={**LONG, "max_tokens": 100}))
+        time.sleep(0.4)
+        server.process.send_signal(signal.SIGTERM)
+        with eventually() as wait_for:
+            wait_for(lambda: client.get("/ready").status_code == 503)
+        refused = client.post("/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert client.get("/health").status_code == 200
+        answer = whole.result(10)
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 100
+        assert server.ends_within(5.0) == 0
+
+
+def test_a_drain_has_an_end_and_a_second_signal_ends_it_at_once(folder: Path) -> None:
+    for second in (False, True):
+        with running(folder, pace=50) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+            cut = pool.submit(lambda client=client: client.post("/v1/completions", json=LONG))
+            time.sleep(0.4)
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            if second:
+                time.sleep(0.2)
+                server.process.send_signal(signal.SIGTERM)
+            assert server.ends_within(8.0) == 0
+            took = time.monotonic() - began
+            assert took < 2.0 if second else 3.0 < took < 6.0
+            assert cut.result(5).status_code == 503
+
+
+def test_the_engine_dies_with_a_killed_server(folder: Path) -> None:
+    with running(folder) as server:
+        server.process.kill()
+        server.ends_within(2.0)
+
+
+def test_a_killed_engine_is_answered_for(folder: Path) -> None:
+    with running(folder, pace=20) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(lambda: client.post("/v1/completions", json=LONG))
+        time.sleep(0.3)
+        server.children[0].kill()
+        answer = pending.result(3)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+        assert "signal 9" in answer.text
+        later = client.post("/v1/completions", json=LONG)
+        assert later.status_code == 503 and client.get("/health").status_code == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ends_within(5.0) == 0
+
+
+def test_what_cannot_work_is_one_line(folder: Path, tmp_path: Path) -> None:
+    broken = make_folder(tmp_path / "broken")
+    (broken / "tokenizer.json").write_text('{"version": "1.0"')
+    bare = make_folder(tmp_path / "bare", tokenizer=False)
+    (tmp_path / "empty").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, word in (
+            ((folder, "max_model_len=7"), "seven is not a length"),
+            ((broken,), "tokenizer.json"),
+            ((bare,), "tokenizer.json"),
+            ((tmp_path / "empty",), "config.json"),
+            ((folder, f"port={port}"), f"port {port}"),
+        ):
+            with start(*arguments) as process:  # type: ignore[arg-type]
+                _, errors = process.communicate(timeout=20)
+                assert process.returncode == 2
+                assert word in errors and len(errors.strip().splitlines()) == 1, errors
