@@ -56,6 +56,7 @@ def make_checkpoint(
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[family]
     config = getattr(transformers, f"{name}Config")(**{**SHAPE, "tie_word_embeddings": tied, **overrides})
     with torch.random.fork_rng(devices=[]):

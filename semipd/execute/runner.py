@@ -28,14 +28,14 @@ class Runner:
         """Compute the slices; return one token per slice with `sample`, in order, after writing each to
         `table.tokens[slot, start + count]`. `boundary` is called between large operations.
 
-        Raises ValueError for a slot that is not open or a range that does not fit it; FloatingPointError
-        when logits are not finite. A step that raised may be run again."""
+        Raises ValueError for a slot that is not open, a range that does not fit it or an unknown token;
+        FloatingPointError when logits are not finite. A step that raised may be run again."""
         if not slices:
             return []
         slots, starts, counts, wanted = self._columns(slices)
-        inputs, last = self._inputs(slots, starts, counts, wanted)
+        inputs = self._inputs(slots, starts, counts, wanted)
         logits = self._model.forward(inputs, self._kv, boundary)
-        if not last.size:
+        if not wanted.any():
             return []
         sampled = slots[wanted]
         produced = (starts + counts)[wanted]
@@ -60,8 +60,7 @@ class Runner:
 
     def _inputs(
         self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, wanted: np.ndarray
-    ) -> tuple[StepInputs, np.ndarray]:
-        """The step's tensors, and the rows to sample."""
+    ) -> StepInputs:
         table, size = self._table, self._table.block_size
         ends = np.cumsum(counts)
         if ends[-1] == len(slots):
@@ -69,18 +68,18 @@ class Runner:
         else:
             row_slots = np.repeat(slots, counts)
             positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
-        in_use = -(-int((starts + counts).max()) // size)
-        ragged = Ragged(starts, counts, table.blocks[slots, :in_use])
+        tokens = table.tokens[row_slots, positions].astype(np.int64)
+        if tokens.min() < 0 or tokens.max() >= self._model.spec.vocabulary:
+            raise ValueError(f"a token is not in the vocabulary of {self._model.spec.vocabulary}")
         blocks = table.blocks[row_slots, positions // size]
-        last = ends[wanted] - 1
-        inputs = StepInputs(
-            tokens=torch.from_numpy(table.tokens[row_slots, positions].astype(np.int64)),
+        in_use = -(-int((starts + counts).max()) // size)
+        return StepInputs(
+            tokens=torch.from_numpy(tokens),
             positions=torch.from_numpy(positions),
-            ragged=ragged,
+            ragged=Ragged(starts, counts, table.blocks[slots, :in_use]),
             kv_rows=self._pool.rows(blocks, positions % size),
-            sample=torch.from_numpy(last),
+            sample=torch.from_numpy(ends[wanted] - 1),
         )
-        return inputs, last
 
     def _rules(self, slots: np.ndarray, produced: np.ndarray) -> SamplingRows:
         table = self._table

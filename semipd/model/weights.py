@@ -133,7 +133,7 @@ class DummyWeights:
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=self.dtype)
-        generator = torch.Generator().manual_seed((self._seed << 32 ^ zlib.crc32(name.encode())) % 2**63)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         scale = 0.02 if len(shape) == 1 else 1.0 / math.sqrt(shape[1])
         return torch.empty(shape, dtype=self.dtype).normal_(0.0, scale, generator=generator)
 

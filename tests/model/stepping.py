@@ -1,0 +1,60 @@
+"""Drive a Runner over one model, the way an executor would, and keep the logits it sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from semipd.core.types import BlockAppend, Sampling, Slice
+from semipd.execute.runner import Runner
+from semipd.execute.storage import SlotTable
+from semipd.model.dense import DenseModel, StepInputs
+
+
+class Recorder:
+    """A model whose forward also keeps its last logits."""
+
+    def __init__(self, model: DenseModel) -> None:
+        self.model = model
+        self.spec = model.spec
+        self.logits = torch.empty(0)
+
+    def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
+        self.logits = self.model.forward(inputs, kv, boundary)
+        return self.logits.clone()  # the sampler may overwrite what it is given
+
+
+class Bench:
+    """A runner with storage of its own. Block tables are scattered, and the pool starts out full of a value
+    that would show if it were read."""
+
+    def __init__(
+        self, model: DenseModel, slots: int = 4, length: int = 400, block_size: int = 8, seed: int = 0
+    ) -> None:
+        self.recorder = Recorder(model)
+        self.table = SlotTable(
+            bytearray(SlotTable.nbytes(slots, length, block_size)), slots, length, block_size
+        )
+        each = self.table.blocks.shape[1]
+        self.kv = torch.full(model.kv_shape(slots * each, block_size), 7.0, dtype=model.dtype)
+        self.order = np.random.default_rng(seed).permutation(slots * each).reshape(slots, each)
+        self.runner = Runner(self.recorder, self.table, self.kv)  # type: ignore[arg-type]
+
+    def open(self, slot: int, tokens: Sequence[int], **sampling: Any) -> None:
+        self.table.open(slot, tokens, Sampling(**sampling))
+        self.table.append([BlockAppend(slot, 0, tuple(self.order[slot].tolist()))])
+
+    def run(self, *slices: Slice) -> list[int]:
+        return self.runner.run(slices, lambda: None)
+
+    def generate(self, slot: int, prompt: Sequence[int], count: int, chunk: int = 2**20) -> list[int]:
+        """Prefill in chunks, then decode, `count` tokens in all."""
+        for start in range(0, len(prompt), chunk):
+            end = min(start + chunk, len(prompt))
+            tokens = self.run(Slice(slot, start, end - start, end == len(prompt)))
+        for position in range(len(prompt), len(prompt) + count - 1):
+            tokens += self.run(Slice(slot, position, 1))
+        return tokens
