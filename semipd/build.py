@@ -7,21 +7,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from semipd.config import Config
+from semipd.config import Config, PolicyConfig
+from semipd.core.admission import Admission, Aggressive, Conservative, PastFuture
+from semipd.core.auto import Auto
 from semipd.core.engine import Engine
 from semipd.core.errors import ConfigError
 from semipd.core.kv import BlockPool
-from semipd.core.partition import Shared, Static
-from semipd.core.policies import Chunked, Limits, PrefillFirst, SemiPD
-from semipd.core.ports import Controller, Observer, Policy
-from semipd.core.types import Lane
+from semipd.core.partition import Paper, Shared, Static, Targets
+from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
+from semipd.core.ports import CostModel, Observer, Policy
+from semipd.core.types import Device, Lane, Split
 from semipd.execute.clock import MonotonicClock
-from semipd.execute.cpu import CpuExecutor
+from semipd.execute.cores import available_cores
+from semipd.execute.cpu import CpuExecutor, cpu_device
 from semipd.model.spec import ModelSpec, load_spec
 
 DEFAULT_CHUNK_TOKENS = 256
@@ -57,8 +61,8 @@ def resolve(config: Config) -> Resolved:
     folder = model_folder(config.model.model)
     spec = load_spec(folder)
     dtype = _dtype(config.model.dtype, spec)
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    _controller(config, len(cores))  # a split that this machine cannot have is refused before loading
+    cores = available_cores()
+    make_policy(config.policy, cpu_device(len(cores)))  # what cannot work is refused before loading
     blocks, max_length = _pool(config, spec, dtype)
     name = config.server.served_model_name or config.model.model or folder.name
     return Resolved(config, folder, spec, name, dtype, blocks, max_length, cores)
@@ -69,7 +73,6 @@ def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) 
     executor's processes end with it. The caller closes `engine.executor`."""
     resolved = config if isinstance(config, Resolved) else resolve(config)
     settings = resolved.config
-    policy = _policy(settings, len(resolved.cores))
     executor = CpuExecutor(
         resolved.folder,
         dtype=resolved.dtype,
@@ -81,6 +84,7 @@ def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) 
         block_size=resolved.block_size,
         cores=resolved.cores,
     )
+    policy = make_policy(settings.policy, executor.device)
     pool = BlockPool(resolved.blocks, resolved.block_size, settings.cache.prefix_cache)
     return Engine(
         executor,
@@ -89,7 +93,7 @@ def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) 
         MonotonicClock(),
         max_sequences=settings.policy.max_num_seqs,
         max_length=resolved.max_length,
-        observers=observers,
+        observers=(*observers, *([policy] if callable(policy) else [])),
     )
 
 
@@ -166,32 +170,69 @@ def _default_memory() -> int:
     return min(memory // DEFAULT_MEMORY_SHARE, DEFAULT_MEMORY_MOST)
 
 
-def _policy(config: Config, units: int) -> Policy:
-    limits = Limits(units, batch=config.policy.max_num_seqs)
-    match config.policy.policy:
+def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None = None) -> Policy:
+    """The policy that the settings name, on this device. cost: what `auto` predicts with.
+
+    Raises ConfigError for a split that the device cannot have."""
+    admission: dict[str, Admission] = {
+        "aggressive": Aggressive(),
+        "conservative": Conservative(),
+        "past-future": PastFuture(),
+    }
+    limits = Limits(device.units, batch=settings.max_num_seqs, admission=admission[settings.admission])
+    match settings.policy:
         case "prefill-first":
             return PrefillFirst(limits)
         case "chunked":
-            return Chunked(limits, config.policy.chunk_tokens or DEFAULT_CHUNK_TOKENS)
+            tokens = settings.chunk_tokens or DEFAULT_CHUNK_TOKENS
+            return Chunked(limits, tokens, settings.long_prompt_threshold or 0)
+        case "disaggregated":
+            if Lane.TRANSFER not in device.lanes:
+                raise ConfigError(
+                    f"the policy disaggregated needs two pools, which {device.name} has not; "
+                    "semipd simulate runs it"
+                )
+            half = device.units // 2
+            return Disaggregated(limits, Split.pair(device.units - half, half, device.units))
         case _:
-            return SemiPD(limits, _controller(config, units))
+            return _semi_pd(settings, limits, device, cost)
 
 
-def _controller(config: Config, units: int) -> Controller:
-    """The controller that `--split` names: static:P,D or shared; half and half without one."""
-    split = config.policy.split
+def _semi_pd(settings: PolicyConfig, limits: Limits, device: Device, cost: CostModel | None) -> Policy:
+    """semi-pd under the controller that `--split` names."""
+    targets = Targets(settings.ttft_slo or math.inf, settings.tpot_slo or math.inf)
+    stated = settings.ttft_slo is not None or settings.tpot_slo is not None
+    split = settings.split or ("auto" if stated and cost is not None else None)
+    units = device.units
+    if split == "auto":
+        if cost is None:
+            raise ConfigError(f"--split auto needs a cost model of {device.name}")
+        return Auto(limits, device, cost, {"default": targets})
+    if split == "shared" or units == 1:
+        if split != "shared":
+            log.info("one %s cannot be split: both phases share it", device.unit_kind)
+        return SemiPD(limits, Shared(units))
+    if split == "paper":
+        if not stated:
+            raise ConfigError("--split paper needs --ttft-slo or --tpot-slo")
+        smallest = min((min(pair) for pair in device.legal_splits), default=1)
+        return SemiPD(limits, Paper(units, targets, smallest))
     if split is None:
-        if units == 1:
-            log.info("one core cannot be split: both phases share it")
-            return Shared(1)
-        return Static(units - units // 2, units // 2, units)
-    if split == "shared":
-        return Shared(units)
+        pairs = device.legal_splits
+        return SemiPD(limits, Static(*pairs[len(pairs) // 2], units))
+    return SemiPD(limits, Static(*_static(split, device), units))
+
+
+def _static(split: str, device: Device) -> tuple[int, int]:
+    """Units of "static:P,D". Raises ConfigError."""
     kind, _, shares = split.partition(":")
     parts = shares.split(",")
     if kind != "static" or len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-        raise ConfigError(f"--split: {split!r} is not static:P,D or shared")
+        raise ConfigError(f"--split: {split!r} is not auto, static:P,D, shared or paper")
     prefill, decode = (int(part) for part in parts)
+    units = device.units
     if not (1 <= prefill <= units and 1 <= decode <= units):
-        raise ConfigError(f"--split: {split} does not fit {units} cores; each phase needs 1 to {units}")
-    return Static(prefill, decode, units)
+        raise ConfigError(
+            f"--split: {split} does not fit {units} {device.unit_kind}s; each phase needs 1 to {units}"
+        )
+    return prefill, decode

@@ -14,7 +14,8 @@ from typing import Any
 
 from semipd.core.errors import ConfigError
 
-POLICIES = ("semi-pd", "prefill-first", "chunked")
+POLICIES = ("semi-pd", "prefill-first", "chunked", "disaggregated")
+ADMISSIONS = ("aggressive", "conservative", "past-future")
 DTYPES = ("auto", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -108,10 +109,28 @@ class PolicyConfig:
 
     policy: str = _setting("semi-pd", "what runs when", "choice", choices=POLICIES)
     split: str | None = _setting(
-        None, "semi-pd only: static:P,D units for prefill and decode, or shared", metavar="SPLIT"
+        None,
+        "semi-pd only: static:P,D units for prefill and decode, shared, paper (Algorithm 1), or auto "
+        "(default with a target; else half and half)",
+        metavar="SPLIT",
+    )
+    ttft_slo: float | None = _setting(
+        None, "target from arrival to first token, such as 300ms", "seconds", low=1e-6, high=1e6
+    )
+    tpot_slo: float | None = _setting(
+        None, "target per further token, such as 40ms", "seconds", low=1e-6, high=1e6
     )
     chunk_tokens: int | None = _setting(
         None, "chunked only: token budget of a mixed batch (default 256)", "size", low=1, high=2**20
+    )
+    long_prompt_threshold: int | None = _setting(
+        None, "chunked only: most tokens of one prompt in a mixed batch", "size", low=1, high=2**20
+    )
+    transfer_bandwidth: int | None = _setting(
+        None, "disaggregated only: bytes per second between the pools", "size", low=1, high=2**50
+    )
+    admission: str = _setting(
+        "aggressive", "how many sequences may enter the pool", "choice", choices=ADMISSIONS
     )
     max_num_seqs: int = _setting(
         64, "sequences that may hold KV blocks at once", "integer", low=1, high=4096
@@ -129,6 +148,14 @@ class ServerConfig:
     log_level: str = _setting("info", "least severe message to log", "choice", choices=LOG_LEVELS)
 
 
+_OWNED = {  # settings that mean something to one policy only
+    "split": "semi-pd",
+    "chunk_tokens": "chunked",
+    "long_prompt_threshold": "chunked",
+    "transfer_bandwidth": "disaggregated",
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of an engine and its server, by composition."""
@@ -139,11 +166,11 @@ class Config:
     server: ServerConfig = ServerConfig()
 
     def __post_init__(self) -> None:
-        policy = self.policy
-        if policy.split is not None and policy.policy != "semi-pd":
-            raise ConfigError(f"--split belongs to the policy semi-pd, not to {policy.policy}")
-        if policy.chunk_tokens is not None and policy.policy != "chunked":
-            raise ConfigError(f"--chunk-tokens belongs to the policy chunked, not to {policy.policy}")
+        chosen = self.policy.policy
+        for name, owner in _OWNED.items():
+            if getattr(self.policy, name) is not None and owner != chosen:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} belongs to the policy {owner}, not to {chosen}")
         if self.cache.kv_memory is not None and self.cache.kv_blocks is not None:
             raise ConfigError("give --kv-memory or --kv-blocks, not both")
 

@@ -68,7 +68,7 @@ class Engine:
         self._policy = policy
         self.clock = clock
         self._observers = tuple(observers)
-        self._block_size = kv[Lane.DECODE].block_size
+        self.block_size = kv[Lane.DECODE].block_size
         self._two_pools = kv[Lane.PREFILL] is not kv[Lane.DECODE]
         self._ask_again: float | None = None
         self._inbox: deque[Request | str] = deque()
@@ -229,7 +229,7 @@ class Engine:
                         ended.append((request, reason))
                 if result.lane is Lane.TRANSFER:
                     self._arrive(request)
-                elif request.computed // self._block_size > request.published:
+                elif request.computed // self.block_size > request.published:
                     self._publish(request)
         if got:
             self._emit(Tokens(now, tuple(got), tuple(ids)))
@@ -250,7 +250,7 @@ class Engine:
 
     def _publish(self, request: Request) -> None:
         """Offer newly computed full blocks, extending the key chain over produced tokens."""
-        keys, size = request.block_keys, self._block_size
+        keys, size = request.block_keys, self.block_size
         full = request.computed // size
         if request.salt is not None and full > len(keys):
             tokens = request.tokens()
@@ -263,7 +263,7 @@ class Engine:
     def _copies(self, request: Request, start: int) -> list[BlockCopy]:
         """Source and target of every block from position `start` on."""
         assert request.incoming is not None
-        first = start // self._block_size
+        first = start // self.block_size
         pairs = zip(request.blocks[first:], request.incoming.blocks[first:], strict=True)
         return [BlockCopy(source, target) for source, target in pairs]
 

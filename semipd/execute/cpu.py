@@ -82,9 +82,7 @@ class CpuExecutor:
         depth: int = 2,
     ) -> None:
         numbers = _check_cores(cores)
-        units = len(numbers)
-        legal = tuple((prefill, units - prefill) for prefill in range(1, units))
-        self.device = Device("cpu", units, "core", legal, depth, SWITCH_SECONDS)
+        self.device = cpu_device(len(numbers), depth)
         self._lost: str | None = None
         self._lock = threading.Lock()  # between `wake` on any thread and `close`
         self._closed = False
@@ -273,6 +271,12 @@ class CpuExecutor:
         self._adopt(worker)
         for flight in flights:
             self._send(worker, flight.batch)
+
+
+def cpu_device(units: int, depth: int = 2) -> Device:
+    """What a policy may know about this executor with so many cores."""
+    legal = tuple((prefill, units - prefill) for prefill in range(1, units))
+    return Device("cpu", units, "core", legal, depth, SWITCH_SECONDS)
 
 
 def _poisoned(lane: Lane, flight: _Flight, now: float) -> StepResult:

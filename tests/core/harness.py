@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from semipd.core.admission import Admission, Aggressive
+from semipd.core.auto import Auto
 from semipd.core.engine import Engine
 from semipd.core.keys import ROOT, block_keys
 from semipd.core.kv import BlockPool
-from semipd.core.partition import Shared, Static
+from semipd.core.partition import Shared, Static, Targets
 from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
 from semipd.core.ports import Policy
 from semipd.core.types import Event, Finished, Lane, Request, Sampling, Split, Tokens
-from tests.execute.fake import FakeExecutor, continuation
+from semipd.execute.sim import FixedCost
+from tests.execute.fake import FakeExecutor, continuation, fake_device
 
-POLICIES = ("static", "shared", "prefill-first", "chunked-3", "chunked-16", "chunked-long", "disaggregated")
+POLICIES = (
+    "static",
+    "shared",
+    "prefill-first",
+    "chunked-3",
+    "chunked-16",
+    "chunked-long",
+    "disaggregated",
+    "auto",
+)
 
 
 def make_policy(name: str, units: int = 2, admission: Admission | None = None) -> Policy:
@@ -26,6 +37,9 @@ def make_policy(name: str, units: int = 2, admission: Admission | None = None) -
             return SemiPD(limits, Shared(units))
         case "prefill-first":
             return PrefillFirst(limits)
+        case "auto":
+            targets = {"default": Targets(0.05, 0.005)}
+            return Auto(limits, fake_device(units=units), FixedCost(units), targets, chunks=(3, 8, 16))
         case "disaggregated":
             return Disaggregated(limits, Split.pair(1, units - 1, units))
         case "chunked-long":
@@ -76,14 +90,15 @@ class Bench:
             self.pools = [BlockPool(self.blocks, 4), BlockPool(self.blocks, 4, first=self.blocks)]
         else:
             self.pools = [BlockPool(self.blocks, 4)]
+        policy = make_policy(self.policy, admission=self.admission)
         self.engine = Engine(
             self.executor,
-            make_policy(self.policy, admission=self.admission),
+            policy,
             {Lane.PREFILL: self.pools[0], Lane.DECODE: self.pools[-1]},
             self.executor.clock,
             max_sequences=self.max_sequences,
             max_length=1000,
-            observers=[self.events.append],
+            observers=[self.events.append, *([policy] if callable(policy) else [])],
         )
 
     def run(self, steps: int = 5000) -> None:
