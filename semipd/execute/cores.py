@@ -34,9 +34,8 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from semipd.execute.linux import thread_ids
+from semipd.execute.linux import read_text, thread_ids
 from semipd.execute.shared import Words
 
 PATIENCE = 0.1  # seconds that a step waits for a core before it overlaps
@@ -154,21 +153,14 @@ def available_cores() -> tuple[int, ...]:
     share its arithmetic units), and no more than a container's CPU quota."""
     cores: dict[str, int] = {}
     for number in sorted(os.sched_getaffinity(0)):
-        siblings = _read(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        siblings = read_text(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
         cores.setdefault(siblings or str(number), number)
     return tuple(cores.values())[: _quota()]
 
 
 def _quota() -> int | None:
     """Cores' worth of time that the container's limit allows, rounded up; None without a limit."""
-    words = _read("/sys/fs/cgroup/cpu.max").split()
+    words = read_text("/sys/fs/cgroup/cpu.max").split()
     if len(words) != 2 or words[0] == "max":
         return None
     return max(1, -(-int(words[0]) // int(words[1])))
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD = -1
@@ -39,6 +40,30 @@ def keep_freed_memory() -> None:
 def thread_ids() -> list[int]:
     """All threads of this process."""
     return [int(name) for name in os.listdir("/proc/self/task")]
+
+
+def available_memory() -> int:
+    """Bytes that this process could still take: of the machine, and of its container's limit."""
+    free = _numbers("/proc/meminfo")["MemAvailable:"] * 1024
+    limit = read_text("/sys/fs/cgroup/memory.max")
+    if not limit.isdigit():
+        return free
+    used = _numbers("/sys/fs/cgroup/memory.stat")  # cached files do not count: they give way
+    return max(0, min(free, int(limit) - used.get("anon", 0) - used.get("shmem", 0)))
+
+
+def read_text(path: str) -> str:
+    """A file of the system, without the white space around it; empty when there is none."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _numbers(path: str) -> dict[str, int]:
+    """The first number after each name in a table of the system."""
+    rows = (line.split() for line in read_text(path).splitlines())
+    return {row[0]: int(row[1]) for row in rows}
 
 
 def _prctl(option: int, value: int) -> None:

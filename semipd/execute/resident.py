@@ -14,6 +14,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import logging
+import math
 import mmap
 import os
 import select
@@ -25,7 +26,7 @@ import setproctitle
 import torch
 
 from semipd.core.errors import ConfigError
-from semipd.execute.linux import die_with_parent, outlive_parent, thread_ids
+from semipd.execute.linux import available_memory, die_with_parent, outlive_parent, thread_ids
 from semipd.execute.shared import LANES, SharedMemory
 from semipd.execute.wire import Channel, Close, Failed, Fork, Forked, Job, Order, Ready, Start
 from semipd.execute.worker import Storage, work
@@ -38,6 +39,8 @@ def main(descriptor: int) -> None:
     """Serve the parent over the socket with this descriptor until it closes."""
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what a parent ignores, its children inherit
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     setproctitle.setproctitle("semipd-resident")
     channel: Channel[Order] = Channel(socket.socket(fileno=descriptor), Order)
     try:
@@ -80,13 +83,16 @@ def _load(start: Start, memory: int, channel: Channel[Order]) -> Storage | None:
 
 def kv_pool(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros in anonymous shared memory, which forked processes share for writing. Takes memory when
-    touched, not when made."""
-    count = 1
-    for size in shape:
-        count *= size
+    touched, not when made. Raises ConfigError when it could never fit."""
+    count = math.prod(shape)
+    nbytes = count * dtype.itemsize
+    if nbytes > (free := available_memory()):
+        raise ConfigError(
+            f"the KV pool takes {nbytes / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB of memory are free: "
+            "lower --kv-memory or --kv-blocks"
+        )
     descriptor = os.memfd_create("semipd-kv")
     try:
-        nbytes = count * dtype.itemsize
         os.ftruncate(descriptor, nbytes)
         buffer = mmap.mmap(descriptor, nbytes)
     finally:
@@ -128,7 +134,7 @@ class Resident:
 
     def _fork(self, lane: int, descriptor: int) -> None:
         self._end(lane)
-        self.storage.shared.words.hold(lane, 0)
+        self.storage.shared.words.forget(lane)
         resident = os.getpid()
         try:
             pid = os.fork()

@@ -30,8 +30,8 @@ class Words:
     """The control words. Lanes are given by number (0 is prefill, 1 is decode).
 
     target: cores per lane that the split asks for; both in one word, so never seen half-written.
-    held: cores that a lane holds now; written by its worker, or by the resident once that one is dead.
-    running: the step that a lane's worker started last.
+    held: cores that a lane holds now. running: the step that its present worker started last, 0 before its
+    first. Both are written by that worker, or by the resident once the worker is dead.
     """
 
     def __init__(self, buffer: mmap.mmap) -> None:
@@ -60,6 +60,11 @@ class Words:
     def run(self, lane: int, step: int) -> None:
         self._words[_RUNNING + _SPACING * lane] = step
 
+    def forget(self, lane: int) -> None:
+        """The lane's worker is dead: it holds nothing and runs nothing."""
+        self.hold(lane, 0)
+        self.run(lane, 0)
+
     def close(self) -> None:
         self._words.release()
 
@@ -80,6 +85,7 @@ class SharedMemory:
         return cls(os.memfd_create("semipd-slots"), slots, max_length, block_size)
 
     def close(self) -> None:
-        """Close the descriptor. The mapping goes with the last view of it."""
+        """Close the descriptor. The mapping goes with the last view of it, so drop the table."""
         self.words.close()
+        del self.table
         os.close(self.descriptor)
