@@ -20,7 +20,9 @@ EXIT_BAD_INPUT = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 (it failed), or 2 (the input cannot work)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(words).parse_args(words)
+    options, unknown = _parser(words).parse_known_args(words)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(options.run(options) or 0)
     except ConfigError as error:
@@ -54,7 +56,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve a model over HTTP", description="Serve over HTTP.")
     _add_settings(serve)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, parser=serve)
 
     generate = commands.add_parser("generate", help="generate offline", description="Generate offline.")
     generate.add_argument("--prompt", action="append", help="a prompt; may be given several times")
@@ -63,14 +65,14 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=None, help="0 is greedy")
     generate.add_argument("--json", action="store_true", help="one JSON object a line")
     _add_settings(generate, leave_out=("server",))
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, parser=generate)
 
     chat = commands.add_parser("chat", help="talk to a server", description="Talk to a running server.")
-    chat.set_defaults(run=_chat)
+    chat.set_defaults(run=_chat, parser=chat)
     bench = commands.add_parser("bench", help="load a server", description="Load tests.")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
     bench_serve = kinds.add_parser("serve", help="load any OpenAI-compatible server")
-    bench_serve.set_defaults(run=_bench_serve)
+    bench_serve.set_defaults(run=_bench_serve, parser=bench_serve)
     # The client commands define their options beside the code that reads them; only they load it.
     if words[:1] == ["chat"]:
         from semipd.chat import add_options

@@ -1,0 +1,107 @@
+"""The command line as a user meets it: one clear line and exit code 2 for what cannot work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from semipd.cli import main
+from semipd.config import Config
+from tests.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "llama")
+
+
+def refusal(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that a bad command prints."""
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    error = capfd.readouterr().err
+    assert code == 2 and "Traceback" not in error
+    return error.strip()
+
+
+def test_folders_that_cannot_be_served(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> Path:
+        shutil.copytree(checkpoint, tmp_path / name)
+        return tmp_path / name
+
+    no_weights = broken("no-weights")
+    (no_weights / "model.safetensors").unlink()
+    truncated = broken("truncated")
+    whole = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    foreign = broken("foreign")
+    (foreign / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    garbled = broken("garbled")
+    (garbled / "config.json").write_text("{")
+    for folder, words in (
+        (no_weights, "no weights"),
+        (truncated, "truncated"),
+        (foreign, "GPT2LMHeadModel"),
+        (garbled, "config.json"),
+        (tmp_path / "absent", "no model folder"),
+    ):
+        line = refusal(capfd, "generate", str(folder), "--prompt", "hi")
+        assert words in line and "\n" not in line
+
+
+def test_a_pool_below_one_sequence(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capfd, "serve", str(checkpoint), "--kv-blocks", "2")
+    assert "less than one sequence of 512" in line and "32 blocks" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["serve", "x", "--polcy", "chunked"], "did you mean --policy?"),
+        (["serve", "x", "--kv-memroy", "1GiB"], "did you mean --kv-memory?"),
+        (["serve", "x", "--port", "http"], "--port"),
+        (["bench", "serve", "--concurency", "3"], "did you mean --concurrency?"),
+        (["fly"], "invalid choice"),
+    ],
+)
+def test_typing_mistakes_get_a_hint(words: list[str], hint: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert hint in refusal(capfd, *words)
+
+
+def test_a_config_file_gives_defaults_that_flags_override(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("policy: chunked\nchunk-tokens: 1K\nport: 9000\n")
+    seen: list[Config] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semipd.serve.server.run_server", lambda config: seen.append(config) or 0)
+        assert main(["serve", "x", "--config", str(file), "--port", "9001"]) == 0
+    (config,) = seen
+    assert (config.policy.chunk_tokens, config.server.port, config.model.model) == (1024, 9001, "x")
+    file.write_text("polic: chunked\n")
+    assert "did you mean policy?" in refusal(capfd, "serve", "x", "--config", str(file))
+    file.write_text("[1, 2")
+    assert "--config" in refusal(capfd, "serve", "x", "--config", str(file))
+    assert read_config is not None
+
+
+def test_generate_prints_one_answer_a_prompt(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"hello world"\n{"prompt": "one two"}\n[7, 8, 9]\n')
+    words = ["generate", str(checkpoint), "--prompts-file", str(prompts), "--max-tokens", "4", "--json"]
+    assert main([*words, "--temperature", "0", "--max-model-len", "64"]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["hello world", "one two", [7, 8, 9]]
+    assert all(1 <= len(row["token_ids"]) <= 4 for row in rows)
+    prompts.write_text('"fine"\nnot json\n')
+    assert "line 2" in refusal(capfd, *words)
