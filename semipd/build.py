@@ -157,9 +157,10 @@ def _pool(config: Config, spec: ModelSpec, dtype: str) -> tuple[int, int]:
     stated = cache.kv_blocks is not None or cache.kv_memory is not None
     if stated or asked is not None or capacity < cache.block_size:
         needed = -(-longest // cache.block_size)
+        mebibytes = -(-needed * block_bytes // 2**20)
         raise ConfigError(
             f"the KV pool holds {capacity} tokens, less than one sequence of {longest}: lower "
-            f"--max-model-len, or raise the pool to {needed} blocks ({-(-needed * block_bytes // 2**20)} MiB)"
+            f"--max-model-len, or raise the pool to {needed} blocks ({mebibytes} MiB)"
         )
     log.info("sequences are limited to %d tokens by the KV pool; --kv-memory raises it", capacity)
     return blocks, capacity

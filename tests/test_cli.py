@@ -90,7 +90,6 @@ def test_a_config_file_gives_defaults_that_flags_override(
     assert "did you mean policy?" in refusal(capfd, "serve", "x", "--config", str(file))
     file.write_text("[1, 2")
     assert "--config" in refusal(capfd, "serve", "x", "--config", str(file))
-    assert read_config is not None
 
 
 def test_generate_prints_one_answer_a_prompt(
