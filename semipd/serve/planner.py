@@ -49,7 +49,7 @@ class Planner:
         self._listeners = (*self._listeners, listener)
 
     def unlisten(self, listener: Listener) -> None:
-        self._listeners = tuple(other for other in self._listeners if other is not listener)
+        self._listeners = tuple(other for other in self._listeners if other != listener)
 
     # -- from any thread ---------------------------------------------------------------------------
 
@@ -114,6 +114,7 @@ class Planner:
                 engine.add(message.request(engine.clock.now()))
             except Refused as refused:
                 self._outbox.refuse(message.id, refused)
+                self._wake()  # or the answer would wait for the next event
 
     def _tell(self, message: Up) -> None:
         for listener in self._listeners:

@@ -30,7 +30,8 @@ TEXTS = (
 )
 SPECIAL = ("<|end|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content | trim }}<|end|>\n"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|{{ message.role }}|>{{ message.content | trim }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CONFIG: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,8 @@ def stream(client: httpx.Client, path: str, body: dict[str, Any]) -> list[Any]:
 def complete(client: httpx.Client, **body: Any) -> dict[str, Any]:
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 def test_a_completion_has_text_counts_and_reason(client: httpx.Client) -> None:
@@ -265,17 +267,19 @@ def test_metrics_count_exactly(folder: Path) -> None:
         page = client.get("/metrics").text
         usage = client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1}).json()["usage"]
     values = {
-        line.split("{")[0] + (reason[0] if (reason := [p for p in ("stop", "length", "abort") if f'"{p}"' in line]) else ""): float(line.rpartition(" ")[2])
-        for line in page.splitlines()
-        if not line.startswith("#") and "le=" not in line
-    }  # fmt: skip
-    assert values["semipd:time_to_first_token_seconds_count"] == 4
-    assert values["semipd:request_success_totallength"] == 3
-    assert values["semipd:request_success_totalstop"] == 1, "a stop string is a success, not an abort"
-    assert values["semipd:request_success_totalabort"] == 0
-    produced = values["semipd:generation_tokens_total"]
-    assert values["semipd:inter_token_latency_seconds_count"] == produced - 4
-    assert values["semipd:prompt_tokens_total"] == 4 * usage["prompt_tokens"]
+        re.sub(r'model_name="tiny",?', "", name): float(value)
+        for name, _, value in (line.rpartition(" ") for line in page.splitlines())
+        if not name.startswith("#")
+    }
+    assert values["semipd:time_to_first_token_seconds_count{}"] == 4
+    assert values['semipd:request_success_total{finished_reason="length"}'] == 3
+    assert values['semipd:request_success_total{finished_reason="stop"}'] == 1, (
+        "a stop string is a success, not an abort"
+    )
+    assert values['semipd:request_success_total{finished_reason="abort"}'] == 0
+    produced = values["semipd:generation_tokens_total{}"]
+    assert values["semipd:inter_token_latency_seconds_count{}"] == produced - 4
+    assert values["semipd:prompt_tokens_total{}"] == 4 * usage["prompt_tokens"]
     assert 'semipd:time_to_first_token_seconds_bucket{model_name="tiny",le="0.001"}' in page
 
 

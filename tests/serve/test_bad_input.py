@@ -1,11 +1,10 @@
-"""What no client may do to the server: each gets an error that names the parameter, and the server goes on."""
+"""What no client may do to the server: each gets an error that names the parameter; the server goes on."""
 
 from __future__ import annotations
 
 import json
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -39,8 +38,9 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
     assert response.status_code == status, response.text
     body = response.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["message"]
-    return body["error"]
+    error: dict[str, Any] = body["error"]
+    assert error["message"]
+    return error
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,17 @@ def test_a_bad_chat_names_its_parameter(client: httpx.Client, body: dict[str, An
 
 def test_neutral_values_of_unsupported_parameters_pass(client: httpx.Client) -> None:
     body = {
-        "prompt": "a", "logprobs": None, "echo": False, "best_of": 1, "presence_penalty": 0, "logit_bias": {},
-        "suffix": None, "response_format": {"type": "text"}, "repetition_penalty": 1.0, "user": "me",
-        "temperature": None, "n": None, "stop": None, "stream": None, "stream_options": None, "seed": None,
+        "prompt": "a", "logprobs": None, "echo": False, "best_of": 1, "presence_penalty": 0,
+        "logit_bias": {}, "suffix": None, "response_format": {"type": "text"}, "repetition_penalty": 1.0,
+        "user": "me", "temperature": None, "n": None, "stop": None, "stream": None, "stream_options": None, "seed": None,
     }  # fmt: skip
     assert client.post(COMPLETIONS, json=body).status_code == 200
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b'"x"', b'{"prompt": "a"', b'{"prompt": "\xff"}', b"\xff\xfe", b"[" * 50_000,
-     b'{"prompt": "a"}}', b"{'prompt': 'a'}"],
+    [b"", b"{", b"[]", b"null", b'"x"', b'{"prompt": "a"', b'{"prompt": "\xff"}', b"\xff\xfe",
+     b"[" * 50_000, b'{"prompt": "a"}}', b"{'prompt': 'a'}"],
 )  # fmt: skip
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
 def test_malformed_bodies(client: httpx.Client, path: str, content: bytes) -> None:

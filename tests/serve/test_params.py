@@ -9,7 +9,7 @@ import pytest
 from semipd.core import keys
 from semipd.core.errors import ConfigError, Refused
 from semipd.serve.generation import RequestMaker, mix
-from semipd.serve.messages import EngineInfo, Submit, frame, Unframer, decode_down
+from semipd.serve.messages import EngineInfo, Submit, Unframer, decode_down, frame
 from semipd.serve.model_folder import read_model_folder
 from semipd.serve.params import Defaults, SamplingParams
 from tests.serve.fakes import make_folder
@@ -35,9 +35,10 @@ def one(maker: RequestMaker, ids: list[int], **params: object) -> Submit:
     [
         ("temperature", float("nan")), ("temperature", True), ("temperature", "1"), ("temperature", 2.5),
         ("top_p", 0.0), ("top_p", 1.5), ("top_k", 1.0), ("top_k", -2), ("min_p", -0.1), ("seed", 2**64),
-        ("max_tokens", 0), ("max_tokens", True), ("min_tokens", None), ("min_tokens", 17), ("n", 0), ("n", None),
-        ("stop", 5), ("stop", [""]), ("stop", ["é" * 2049]), ("stop_token_ids", [True]), ("stop_token_ids", "ab"),
-        ("stop_token_ids", [None]), ("ignore_eos", 1),
+        ("max_tokens", 0), ("max_tokens", True), ("min_tokens", None), ("min_tokens", 17),
+        ("n", 0), ("n", None),
+        ("stop", 5), ("stop", [""]), ("stop", ["é" * 2049]), ("stop_token_ids", [True]),
+        ("stop_token_ids", "ab"), ("stop_token_ids", [None]), ("ignore_eos", 1),
     ],
 )  # fmt: skip
 def test_out_of_bounds(name: str, value: object) -> None:

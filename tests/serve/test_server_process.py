@@ -61,7 +61,7 @@ class Running:
 def _runs(process: psutil.Process) -> bool:
     """A zombie does not: only its parent's interest is missing."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
 
 
@@ -133,7 +133,7 @@ def test_sigterm_drains(folder: Path) -> None:
 def test_a_drain_has_an_end_and_a_second_signal_ends_it_at_once(folder: Path) -> None:
     for second in (False, True):
         with running(folder, pace=50) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
-            cut = pool.submit(lambda client=client: client.post("/v1/completions", json=LONG))
+            cut = pool.submit(client.post, "/v1/completions", json=LONG)
             time.sleep(0.4)
             began = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
@@ -180,7 +180,7 @@ def test_what_cannot_work_is_one_line(folder: Path, tmp_path: Path) -> None:
             ((tmp_path / "empty",), "config.json"),
             ((folder, f"port={port}"), f"port {port}"),
         ):
-            with start(*arguments) as process:  # type: ignore[arg-type]
+            with start(*arguments) as process:
                 _, errors = process.communicate(timeout=20)
                 assert process.returncode == 2
                 assert word in errors and len(errors.strip().splitlines()) == 1, errors
