@@ -39,7 +39,11 @@ class Runner:
             return []
         sampled = slots[wanted]
         produced = (starts + counts)[wanted]
-        tokens = sample(logits, self._rules(sampled, produced))
+        try:
+            tokens = sample(logits, self._rules(sampled, produced))
+        except FloatingPointError:
+            self._clear(slots, starts + counts)
+            raise
         self._table.tokens[sampled, produced] = tokens
         return tokens
 
@@ -80,6 +84,15 @@ class Runner:
             kv_rows=self._pool.rows(blocks, positions % size),
             sample=torch.from_numpy(ends[wanted] - 1),
         )
+
+    def _clear(self, slots: np.ndarray, ends: np.ndarray) -> None:
+        """Zero what is not finite in the KV blocks of these slots. A later owner of such a block masks what
+        it has not written, but no mask hides a NaN."""
+        counts = -(-ends // self._table.block_size)
+        used = [self._table.blocks[slot, :count] for slot, count in zip(slots, counts, strict=True)]
+        blocks = torch.from_numpy(np.unique(np.concatenate(used)).astype(np.int64))
+        for layer in self._kv:
+            layer[:, blocks] = torch.nan_to_num(layer[:, blocks], nan=0.0, posinf=0.0, neginf=0.0)
 
     def _rules(self, slots: np.ndarray, produced: np.ndarray) -> SamplingRows:
         table = self._table
