@@ -30,8 +30,10 @@ ever: 2 and 4 never wait, 5 is bounded.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 
@@ -141,21 +143,23 @@ class Share:
         self._applied = count
         cores = self._cores[-count:] if self._lane else self._cores[:count]
         for thread in thread_ids():
-            try:
+            with contextlib.suppress(OSError):  # a thread that ended, or a core that was taken from us
                 os.sched_setaffinity(thread, cores)
-            except ProcessLookupError:
-                continue  # a pool let this thread go
         self._set_threads(count)
 
 
 def available_cores() -> tuple[int, ...]:
     """System numbers of the cores that this process may use: one hardware thread of each (two on one core
-    share its arithmetic units), and no more than a container's CPU quota."""
+    share its arithmetic units), and no more than a container's CPU quota allows. Under a quota they begin
+    anywhere, since every container of the machine sees the same numbers."""
     cores: dict[str, int] = {}
     for number in sorted(os.sched_getaffinity(0)):
         siblings = read_text(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
         cores.setdefault(siblings or str(number), number)
-    return tuple(cores.values())[: _quota()]
+    numbers = tuple(cores.values())
+    count = min(_quota() or len(numbers), len(numbers))
+    first = random.randrange(len(numbers) - count + 1)
+    return numbers[first : first + count]
 
 
 def _quota() -> int | None:

@@ -27,7 +27,7 @@ from semipd.execute.launch import ResidentProcess
 from semipd.execute.shared import LANES, SharedMemory
 from semipd.execute.wire import Channel, Done, Failed, Forked, Job, Start
 
-SWITCH_SECONDS = 100e-6  # moving a worker's threads to other cores
+SWITCH_SECONDS = 50e-6  # moving a worker's threads to other cores, at its next boundary
 _EARLY = 1.0  # a worker that dies idle within this many seconds of its fork died of its start
 _EARLY_DEATHS = 5  # so many in a row, and forking again is hopeless
 

@@ -20,6 +20,10 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    # Pool threads wait for work by spinning, by default for some 15 ms: on cores that another lane has by
+    # then, or ahead of the very thread they wait for. 1,000 turns (50 us) cost at most 5% on a quiet
+    # machine and made steps 5 times faster, and more, on a busy one.
+    "GOMP_SPINCOUNT": "1000",
     # Weights are unpacked, converted and packed: freed copies of 1 MiB and more go back to the system.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "TOKENIZERS_PARALLELISM": "false",
@@ -50,7 +54,7 @@ class ResidentProcess:
                 [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # the caller's output is the caller's; messages go to stderr
-                env=_environment(),
+                env=environment(),
                 pass_fds=(theirs.fileno(),),
                 process_group=0,
             )
@@ -108,7 +112,8 @@ class ResidentProcess:
         self.channel.close()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """What the resident and its workers find in `os.environ`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_POOLS)}
     tunables = [os.environ["GLIBC_TUNABLES"]] if "GLIBC_TUNABLES" in os.environ else []
     return inherited | _ENVIRONMENT | {"GLIBC_TUNABLES": ":".join([*tunables, _HUGE_PAGES])}

@@ -153,6 +153,36 @@ def test_a_boundary_without_news_is_cheap(pair: Pair) -> None:
     assert best < 2e-6  # measured: 0.15 us
 
 
+@pytest.mark.parametrize(
+    ("siblings", "quota", "expected"),
+    [
+        ({}, "", [0, 1, 2, 3]),
+        ({}, "max 100000", [0, 1, 2, 3]),
+        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, "", [0, 1]),
+        ({}, "150000 100000", None),
+        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, "100 100000", None),
+    ],
+)
+def test_a_unit_is_a_whole_core_that_may_be_used(
+    siblings: dict[int, str], quota: str, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hardware threads of one core in different lanes would fight for it; more threads than a quota's
+    worth would all be stopped for most of every period."""
+
+    def read(path: str) -> str:
+        if path.endswith("cpu.max"):
+            return quota
+        return siblings.get(int(path.split("/cpu")[2].split("/")[0]), "")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr(cores, "read_text", read)
+    found = list(cores.available_cores())
+    if expected is not None:
+        assert found == expected
+    else:
+        assert len(found) == -(-int(quota.split()[0]) // 100000)
+
+
 def _seconds_of(call, times: int) -> float:  # type: ignore[no-untyped-def]
     began = time.perf_counter()
     for _ in range(times):

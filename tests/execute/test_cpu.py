@@ -22,6 +22,7 @@ from semipd.core.ports import Executor, ExecutorLost
 from semipd.core.types import Lane, Sampling, Slice, Split, StepResult
 from semipd.execute.cores import available_cores
 from semipd.execute.cpu import CpuExecutor
+from semipd.execute.launch import environment
 from tests.checkpoints import VOCABULARY, make_checkpoint
 from tests.execute.conformance import Driver, ExecutorConformance, Harness
 
@@ -436,6 +437,25 @@ def test_a_death_while_loading_says_so(checkpoint: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(subprocess, "Popen", spawn_and_kill)
     with pytest.raises(ExecutorLost, match=r"killed by SIGKILL.* while loading"):
         make(checkpoint)
+
+
+def test_settings_of_thread_pools_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell that exports OMP_PROC_BIND for other programs would nail the pools down."""
+    for name in (
+        "OMP_PROC_BIND",
+        "OMP_NUM_THREADS",
+        "GOMP_CPU_AFFINITY",
+        "KMP_AFFINITY",
+        "MKL_NUM_THREADS",
+    ):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    found = environment()
+    assert "7" not in [
+        value for name, value in found.items() if name.startswith(("OMP", "GOMP", "KMP", "MKL"))
+    ]
+    assert found["GLIBC_TUNABLES"].startswith("glibc.malloc.check=0:")
+    assert found["PATH"] == os.environ["PATH"]
 
 
 def test_the_planners_process_needs_no_torch() -> None:
