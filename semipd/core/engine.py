@@ -198,8 +198,8 @@ class Engine:
             request.in_flight += 1
             request.lane = lane
             requests.append(request)
-        batch = Batch(next(self._steps), tuple(slices), tuple(appends), tuple(copies))
         work = Work.of(slices)
+        batch = Batch(next(self._steps), tuple(slices), tuple(appends), tuple(copies), work)
         live.flights[lane].append(Flight(batch, tuple(requests), work, split, now))
         executor.submit(lane, batch)
         self._emit(Launched(now, lane, batch, split, work))

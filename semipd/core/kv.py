@@ -73,7 +73,8 @@ class BlockPool:
                 block = blocks[index]
                 self._block_of[keys[index]] = block
                 self._key_of[block] = keys[index]
-        request.published = max(request.published, full)
+        # Blocks without a key stay private for good: keys are extended before, never after.
+        request.published = max(request.published, computed // self.block_size)
 
     def release(self, request: Request) -> None:
         # Last block first, so that eviction (oldest first) shortens a prefix from its end.

@@ -156,12 +156,14 @@ class Batch:
     """One step of one lane. Prefill, decode, chunked and mixed batches differ only in the counts.
 
     step: unique and rising. A slot occurs at most once. Running a batch twice gives the same tokens.
+    work: the features of the slices, worked out once by whoever makes the batch.
     """
 
     step: int
     slices: tuple[Slice, ...]
     appends: tuple[BlockAppend, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
+    work: Work | None = None
 
 
 @dataclass(frozen=True, slots=True)

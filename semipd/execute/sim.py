@@ -151,7 +151,7 @@ class SimExecutor:
 
     def _start(self, lane: Lane) -> None:
         batch = self._queued[lane].popleft()
-        self._running[lane] = _Run(batch, Work.of(batch.slices), self.clock.time)
+        self._running[lane] = _Run(batch, batch.work or Work.of(batch.slices), self.clock.time)
         self._retime()
 
     def _end(self, lane: Lane) -> StepResult:
