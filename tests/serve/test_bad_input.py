@@ -152,7 +152,8 @@ def test_neutral_values_of_unsupported_parameters_pass(client: httpx.Client) -> 
     body = {
         "prompt": "a", "logprobs": None, "echo": False, "best_of": 1, "presence_penalty": 0,
         "logit_bias": {}, "suffix": None, "response_format": {"type": "text"}, "repetition_penalty": 1.0,
-        "user": "me", "temperature": None, "n": None, "stop": None, "stream": None, "stream_options": None, "seed": None,
+        "user": "me", "temperature": None, "n": None, "stop": None, "stream": None,
+        "stream_options": None, "seed": None,
     }  # fmt: skip
     assert client.post(COMPLETIONS, json=body).status_code == 200
 

@@ -116,7 +116,8 @@ def test_a_hostile_template_gets_nowhere(tokenizer: Tokenizer, source: str) -> N
 def test_what_templates_expect_of_their_environment(tokenizer: Tokenizer) -> None:
     source = (
         "{% set ns = namespace(count=0) %}{% for m in messages %}{% if loop.index > 1 %}"
-        "{% break %}{% endif %}\n    {% set ns.count = ns.count + 1 %}\n{% endfor %}{{ ns.count }} {{ {'a': '<é>'} | tojson }} "
+        "{% break %}{% endif %}\n    {% set ns.count = ns.count + 1 %}\n{% endfor %}"
+        "{{ ns.count }} {{ {'a': '<é>'} | tojson }} "
         "{{ strftime_now('%Y') | length }} {{ tools is none }} {{ bos_token }}"
     )
     ids = ChatTemplate(source, tokenizer).encode([{"role": "user", "content": "x"}] * 3)

@@ -28,7 +28,8 @@ from tests.serve.fakes import SPECIAL, LiveFake, make_engine
 def submit(prompt: list[int], count: int, seed: int = 0, **changes: Any) -> Submit:
     values: dict[str, Any] = {
         "id": "", "prompt": array("i", prompt).tobytes(), "max_tokens": count,
-        "sampling": Sampling(seed=seed), "stop_tokens": (), "min_tokens": 0, "keys": b"", "salt": None, "age": 0.0,
+        "sampling": Sampling(seed=seed), "stop_tokens": (), "min_tokens": 0, "keys": b"",
+        "salt": None, "age": 0.0,
     }  # fmt: skip
     return Submit(**{**values, **changes})
 

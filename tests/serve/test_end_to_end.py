@@ -1,0 +1,200 @@
+"""The whole thing on a real, tiny model: the command line, the API process, the engine, the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from semipd import LLM, SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.serve.fakes import eventually
+
+ROOT = Path(__file__).parents[2]
+FLAGS = {"kv_blocks": 128, "dtype": "float32", "max_model_len": 512}
+PROMPTS = ["hello world", "the quick brown fox", "🦊 jumps", "a b c d " * 20]
+GREEDY: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+
+
+class Served:
+    """A `semipd serve` of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        self.process = process
+        self.url = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
+        self.family = psutil.Process(process.pid).children(recursive=True)
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+
+    def named(self, name: str) -> psutil.Process:
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return next(process for process in found if process.cmdline()[:1] == [name])
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[Served]:
+    flags = [part for name, value in FLAGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "semipd.cli", "serve", str(folder), "--port", "0", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Served(process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.communicate(timeout=10)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[Served]:
+    with serve(folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def greedy(folder: Path) -> dict[str, str]:
+    """What `LLM` makes of each prompt."""
+    with LLM(str(folder), **FLAGS) as llm:
+        results = llm.generate(PROMPTS, SamplingParams(**GREEDY))
+    return {prompt: result.outputs[0].text for prompt, result in zip(PROMPTS, results, strict=True)}
+
+
+def text_of(client: httpx.Client, prompt: str, **params: Any) -> str:
+    response = client.post("/v1/completions", json={"prompt": prompt, **GREEDY, **params})
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def streamed(client: httpx.Client, prompt: str, **params: Any) -> str:
+    body = {"prompt": prompt, **GREEDY, **params, "stream": True}
+    text = ""
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line[6:])["choices"][0]["text"]
+    return text
+
+
+def test_http_and_offline_give_the_same_text(served: Served, greedy: dict[str, str]) -> None:
+    with served.client() as client, ThreadPoolExecutor(8) as pool:
+        assert {prompt: text_of(client, prompt) for prompt in PROMPTS} == greedy
+        both = [pool.submit(streamed, client, prompt) for prompt in PROMPTS]
+        both += [pool.submit(text_of, client, prompt) for prompt in PROMPTS]
+        assert [future.result() for future in both] == [greedy[prompt] for prompt in PROMPTS] * 2
+
+
+def test_a_seed_repeats_alone_and_in_company(served: Served) -> None:
+    with served.client() as client, ThreadPoolExecutor(8) as pool:
+        params = {"temperature": 1.0, "seed": 7, "top_k": 50}
+        alone = text_of(client, "hello world", **params)
+        company = [pool.submit(text_of, client, prompt, **params) for prompt in [*PROMPTS, "hello world"]]
+        assert company[0].result() == company[-1].result() == alone
+        assert text_of(client, "hello world", **{**params, "seed": 8}) != alone
+
+
+def test_min_tokens_holds_on_the_device(served: Served) -> None:
+    """A fifth of all ids are stop tokens, which may only come after the third token."""
+    with served.client() as client:
+        body = {"prompt": "hello", "max_tokens": 20, "temperature": 1.0, "seed": 3}
+        stops = list(range(40, 100))
+        for seed in range(3):
+            answer = client.post(
+                "/v1/completions", json={**body, "seed": seed, "stop_token_ids": stops, "min_tokens": 3}
+            ).json()
+            assert answer["usage"]["completion_tokens"] > 3
+
+
+def test_chat_and_prefix_cache(served: Served) -> None:
+    messages = [{"role": "user", "content": "the quick brown fox " * 6}]
+    with served.client() as client:
+        body = {"messages": messages, **GREEDY}
+        first, second = (client.post("/v1/chat/completions", json=body).json() for _ in range(2))
+        assert first["choices"] == second["choices"]
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        salted = client.post("/v1/chat/completions", json={**body, "cache_salt": "mine"}).json()
+        assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_disconnect_frees_everything(served: Served) -> None:
+    with served.client() as client:
+        body = {"prompt": PROMPTS, "n": 4, "max_tokens": 400, "temperature": 1.0, "ignore_eos": True}
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body, timeout=0.5)
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+            next(response.iter_lines())
+
+        def idle() -> bool:
+            page = client.get("/metrics").text
+            names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+            values = [
+                line for line in page.splitlines() if line.startswith(tuple(f"semipd:{n}" for n in names))
+            ]
+            return len(values) == 3 and all(float(line.rpartition(" ")[2]) == 0 for line in values)
+
+        with eventually(2.0) as wait_for:
+            wait_for(idle)
+
+
+def test_a_killed_worker_changes_no_token(served: Served, greedy: dict[str, str]) -> None:
+    with served.client() as client, ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(streamed, client, prompt, max_tokens=200) for prompt in PROMPTS]
+        time.sleep(0.1)
+        served.named("semipd-decode").kill()
+        texts = [future.result() for future in futures]
+        assert [text_of(client, prompt, max_tokens=200) for prompt in PROMPTS] == texts
+        assert all(
+            text.startswith(greedy[prompt][:-1]) for prompt, text in zip(PROMPTS, texts, strict=True)
+        )
+        assert client.get("/health").status_code == 200
+
+
+def test_torch_is_where_it_belongs(served: Served) -> None:
+    def has_torch(pid: int) -> bool:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+    assert not has_torch(served.process.pid)
+    assert not has_torch(served.named("semipd-engine").pid)
+    assert has_torch(served.named("semipd-prefill").pid)
+
+
+def test_ctrl_c_leaves_nothing_behind(folder: Path) -> None:
+    with serve(folder) as running, running.client() as client, ThreadPoolExecutor(2) as pool:
+        assert len(running.family) >= 4, "engine, resident and two workers"
+        body = {"prompt": "hello", "max_tokens": 450, "ignore_eos": True}
+        cut = pool.submit(client.post, "/v1/completions", json=body)
+        time.sleep(0.2)
+        os.kill(running.process.pid, signal.SIGINT)
+        assert running.process.wait(5.0) == 0
+        assert cut.result(5).status_code in (200, 503)
+        with eventually(5.0) as wait_for:
+            wait_for(lambda: not any(map(_runs, running.family)))
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
