@@ -1,0 +1,163 @@
+"""`ops.Ops` by Triton kernels: shapes and grids. Import only where Triton works, on a GPU or
+interpreted."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+import triton
+
+from semipd.model import attention_triton as attention
+from semipd.model import layers_triton as layers
+from semipd.model.ops import TILE, DeviceStep, Heads
+
+PROGRAMS_PER_UNIT = 16  # decode splits contexts until there are about this many programs per SM
+MOST_SPLITS = 64
+DECODE_BLOCK = 64  # positions per iteration
+PREFILL_BLOCK = 64
+_LOG2_E = math.log2(math.e)
+
+
+class TritonOps:
+    """Kernels on `device` for at most `rows` one-token rows of `heads` query heads in a step.
+
+    Holds the scratch memory of split decode, so it belongs to one lane: two streams must not share it."""
+
+    def __init__(self, device: torch.device, rows: int, heads: Heads, units: int) -> None:
+        self._cast = os.environ.get("TRITON_INTERPRET") == "1"
+        cells = max(count * decode_splits(count, heads.kv, units) for count in range(1, rows + 1))
+        self._sums = torch.empty(cells * heads.query * heads.dim, dtype=torch.float32, device=device)
+        self._totals = torch.empty(cells * heads.query, dtype=torch.float32, device=device)
+        self._maxima = torch.empty_like(self._totals)
+
+    def embed(self, step: DeviceStep, table: torch.Tensor, out: torch.Tensor) -> None:
+        width = table.shape[1]
+        layers.embed_kernel[(step.rows,)](
+            out,
+            table,
+            step.tokens,
+            step.row_slots,
+            step.positions,
+            step.tokens.stride(0),
+            WIDTH=width,
+            BLOCK=min(triton.next_power_of_2(width), 1024),
+        )
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        self._norm(x, x, weight, eps, out, add=False)
+
+    def add_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        self._norm(hidden, delta, weight, eps, out, add=True)
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor,
+        add: bool,
+    ) -> None:
+        rows, width = x.shape
+        block = triton.next_power_of_2(width)
+        layers.norm_kernel[(rows,)](
+            out,
+            x,
+            delta,
+            weight,
+            eps,
+            WIDTH=width,
+            BLOCK=block,
+            ADD=add,
+            num_warps=8 if block > 2048 else 4,
+        )
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        layer: torch.Tensor,
+        step: DeviceStep,
+        heads: Heads,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+    ) -> None:
+        each = 8
+        normed = heads.query_norm is not None
+        layers.rotate_and_store_kernel[(step.rows, triton.cdiv(heads.query + 2 * heads.kv, each))](
+            qkv,
+            layer,
+            step.row_slots,
+            step.positions,
+            step.tables,
+            cosine,
+            sine,
+            heads.query_norm if normed else qkv,
+            heads.key_norm if normed else qkv,
+            heads.eps,
+            step.tables.stride(0),
+            layer.stride(0),
+            layer.stride(1),
+            QUERY=heads.query,
+            KV=heads.kv,
+            DIM=heads.dim,
+            HALF_BLOCK=triton.next_power_of_2(heads.dim // 2),
+            HEADS=each,
+            BLOCK_SIZE=layer.shape[3],
+            NORMED=normed,
+        )
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        layer: torch.Tensor,
+        step: DeviceStep,
+        heads: Heads,
+        window: int | None,
+        units: int,
+        out: torch.Tensor,
+    ) -> None:
+        shape = {
+            "QUERY": heads.query,
+            "KV": heads.kv,
+            "DIM": heads.dim,
+            "DIM_BLOCK": max(triton.next_power_of_2(heads.dim), 16),
+            "BLOCK_SIZE": layer.shape[3],
+            "WINDOWED": window is not None,
+            "CAST": self._cast,
+        }
+        scale = _LOG2_E / math.sqrt(heads.dim)
+        strides = (step.tables.stride(0), layer.stride(0), layer.stride(1))
+        if tiles := step.tiles.shape[0]:
+            wide = heads.dim > 128 or layer.dtype == torch.float32  # more registers and shared memory a row
+            attention.prefill_kernel[(heads.query, tiles)](
+                out, qkv, layer, step.tables, step.tiles, scale, window or 0, *strides,
+                BLOCK_M=TILE, BLOCK_N=32 if wide else PREFILL_BLOCK, num_warps=8, num_stages=2, **shape,
+            )  # fmt: skip
+        if count := step.singles.shape[0]:
+            splits = decode_splits(count, heads.kv, units)
+            scratch = (self._sums, self._totals, self._maxima)
+            attention.decode_kernel[(count, heads.kv, splits)](
+                *scratch, qkv, layer, step.tables, step.singles, step.row_slots, step.positions,
+                scale, window or 0, *strides,
+                GROUP_BLOCK=max(triton.next_power_of_2(heads.query // heads.kv), 16),
+                BLOCK_N=DECODE_BLOCK, SPLITS=splits, num_warps=4, num_stages=3, **shape,
+            )  # fmt: skip
+            attention.reduce_kernel[(count, heads.query)](
+                out, *scratch, step.singles,
+                QUERY=heads.query, DIM=heads.dim, DIM_BLOCK=shape["DIM_BLOCK"], SPLITS=splits, num_warps=4,
+            )  # fmt: skip
+
+    def gated(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        rows, width = out.shape
+        block = min(triton.next_power_of_2(width), 1024)
+        layers.gated_kernel[(rows, triton.cdiv(width, block))](out, gate_up, WIDTH=width, BLOCK=block)
+
+
+def decode_splits(rows: int, kv_heads: int, units: int) -> int:
+    """Into how many parts to cut every context, a power of two: enough programs to fill the units."""
+    wanted = PROGRAMS_PER_UNIT * units // max(rows * kv_heads, 1)
+    return min(1 << max(wanted.bit_length() - 1, 0), MOST_SPLITS)
