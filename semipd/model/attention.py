@@ -5,7 +5,8 @@ sequence lies in block `table[p // block_size]` at offset `p % block_size`. What
 tensors is worked out once (`plan_attention`) and used by every layer.
 
 A row's result depends on its own sequence alone: a one-token slice is padded to a length that follows from
-its own context, and a longer slice is cut into tiles that follow from its own start and count.
+its own context, and a longer slice is cut into tiles that follow from its own start and count. Where there
+are compiled kernels, one-token slices are read in place instead, in parts that follow from their context.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as functional
+
+from semipd.model.kernels import DecodeParts, Kernels
 
 TILE = 256  # query rows that share one call when a mask is needed
 GATHER_BYTES = 2**24  # one-token slices share a call up to this many gathered bytes
@@ -98,14 +101,22 @@ class AttentionPlan:
     window: int | None
     decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillSlice, ...]
+    parts: DecodeParts | None = None  # instead of `decode`, for the compiled kernel
 
 
-def plan_attention(ragged: Ragged, pool: Pool, window: int | None) -> AttentionPlan:
-    """Work out groups, gathers and masks. window: how many positions a query sees, itself included."""
+def plan_attention(
+    ragged: Ragged, pool: Pool, window: int | None, kernels: Kernels | None = None
+) -> AttentionPlan:
+    """Work out groups, gathers and masks, or what the kernels want. window: how many positions a query
+    sees, itself included."""
     single = ragged.counts == 1
     first_rows = np.cumsum(ragged.counts) - ragged.counts
-    decode, prefill = [], []
-    if single.any():
+    decode, prefill, parts = [], [], None
+    if kernels is not None and single.any():
+        parts = DecodeParts(
+            kernels, first_rows[single], ragged.starts[single], ragged.tables[single], window
+        )
+    elif single.any():
         first = _first_block(ragged.starts, pool, window)
         sizes = np.array([_bucket(int(n)) for n in ragged.starts // pool.block_size + 1 - first])
         for size in np.unique(sizes[single]):
@@ -115,7 +126,7 @@ def plan_attention(ragged: Ragged, pool: Pool, window: int | None) -> AttentionP
                 decode.append(_decode_group(ragged, rows, part, int(size), pool, window))
     for index in np.flatnonzero(~single):
         prefill.append(_prefill_slice(ragged, int(first_rows[index]), int(index), pool, window))
-    return AttentionPlan(ragged, pool, window, tuple(decode), tuple(prefill))
+    return AttentionPlan(ragged, pool, window, tuple(decode), tuple(prefill), parts)
 
 
 def attend(q: torch.Tensor, layer: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
@@ -125,6 +136,8 @@ def attend(q: torch.Tensor, layer: torch.Tensor, plan: AttentionPlan) -> torch.T
     pages = layer.view(-1, block_size * head_dim)
     heads = q.shape[1]
     out = q.new_empty(q.shape)
+    if plan.parts is not None:
+        plan.parts.attend(q, layer, out)
     for group in plan.decode:
         n = group.mask.shape[0]
         keys, values = pages.index_select(0, group.pages).view(2, n, kv_heads, -1, head_dim)

@@ -11,6 +11,7 @@ import torch.nn.functional as functional
 
 from semipd.core.errors import ConfigError
 from semipd.model.attention import AttentionPlan, Pool, Ragged, attend, plan_attention, write_kv
+from semipd.model.kernels import Kernels, can_attend, load_kernels
 from semipd.model.layers import PLAIN, Compute, Kind, choose_kind, pad_rows, padded_rows, rms_norm
 from semipd.model.rope import rope_frequencies, rope_tables, rotate
 from semipd.model.spec import ModelSpec, load_spec
@@ -59,8 +60,10 @@ class DenseModel:
         layers: tuple[Layer, ...],
         norm: torch.Tensor,
         head: Compute,
+        kernels: Kernels | None = None,
     ) -> None:
         self.spec = spec
+        self._kernels = kernels
         self.dtype = dtype
         self._embedding = embedding
         self._layers = layers
@@ -82,7 +85,7 @@ class DenseModel:
             hidden = pad_rows(hidden, padded_rows(rows, self.dtype))
             tables = rope_tables(inputs.positions, self._frequencies, self._rope_factor, self.dtype)
             plans = {
-                window: plan_attention(inputs.ragged, Pool.of(kv), window)
+                window: plan_attention(inputs.ragged, Pool.of(kv), window, self._kernels)
                 for window in {layer.window for layer in self._layers}
             }
             for index, layer in enumerate(self._layers):
@@ -145,11 +148,17 @@ class DenseModel:
 
 
 def load_model(
-    folder: str | Path, *, dtype: str = "auto", load_format: str = "auto", seed: int = 0, pack: bool = True
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    seed: int = 0,
+    pack: bool = True,
+    kernels: bool = True,
 ) -> DenseModel:
     """Load a checkpoint folder, or make random weights in its shape (`load_format="dummy"`, which needs
     only a config.json). dtype: auto, bfloat16 or float32. pack: use oneDNN's packed linears if they work
-    here.
+    here. kernels: use the compiled kernels if they were built.
 
     Raises ConfigError, one line, when the folder cannot be served."""
     spec = load_spec(folder)
@@ -161,10 +170,15 @@ def load_model(
     else:
         raise ConfigError(f"load format {load_format!r} is not one of auto, dummy")
     with torch.inference_mode():
-        return _build(spec, weights, choose_kind(weights.dtype) if pack else PLAIN)
+        return _build(
+            spec,
+            weights,
+            choose_kind(weights.dtype) if pack else PLAIN,
+            load_kernels() if kernels else None,
+        )
 
 
-def _build(spec: ModelSpec, weights: Weights, kind: Kind) -> DenseModel:
+def _build(spec: ModelSpec, weights: Weights, kind: Kind, kernels: Kernels | None) -> DenseModel:
     table = (spec.vocabulary, spec.hidden)
     embedding = weights.take("model.embed_tokens.weight", table)
     layers = tuple(_build_layer(spec, weights, kind, index) for index in range(spec.layers))
@@ -174,7 +188,9 @@ def _build(spec: ModelSpec, weights: Weights, kind: Kind) -> DenseModel:
     else:
         head, ignored = kind.linear(weights.take("lm_head.weight", table), None), []
     weights.finish(ignored)
-    return DenseModel(spec, weights.dtype, embedding, layers, norm, head)
+    if not can_attend(kernels, spec.heads, spec.kv_heads, spec.head_dim, weights.dtype):
+        kernels = None
+    return DenseModel(spec, weights.dtype, embedding, layers, norm, head, kernels)
 
 
 def _build_layer(spec: ModelSpec, weights: Weights, kind: Kind, index: int) -> Layer:

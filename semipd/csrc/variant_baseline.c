@@ -1,0 +1,3 @@
+/* Whatever the compiler takes for granted. */
+#define KERNELS kernels_baseline
+#include "variant.inc"

@@ -1,0 +1,151 @@
+"""The compiled kernels (csrc/), if they were built, called on raw pointers through ctypes.
+
+The library knows neither Python nor torch. Its OpenMP symbols are left open and resolve to the runtime that
+torch has loaded, so `torch.set_num_threads` rules its regions too; with one thread, no pool is started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+PART = 256  # positions of a context that one work item attends to (csrc/decode_attention.c)
+MOST_GROUP = 64  # query heads per KV head
+MOST_HEAD_DIM = 256
+LANES = 16
+BASELINE, AVX2, AVX512, AVX512_BF16, AMX = range(5)
+
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The library and the instructions that it may use (one of the levels above)."""
+
+    library: ctypes.CDLL
+    level: int
+
+
+def load_kernels(most: int = AMX) -> Kernels | None:
+    """The kernels for this processor, using nothing above `most`; None, with a log line, where they were
+    not built or cannot be loaded."""
+    found = importlib.util.find_spec("semipd.model._kernels")
+    if found is None or found.origin is None:
+        logger.info("no compiled kernels here, using torch alone")
+        return None
+    try:
+        library = _open(Path(found.origin))
+    except OSError as error:
+        logger.warning("the compiled kernels cannot be loaded, using torch alone: %s", error)
+        return None
+    return Kernels(library, min(most, library.semipd_level()))
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    runtime = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    if runtime.exists():  # already loaded by torch; this makes its symbols visible to the next line
+        ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(path))
+    library.semipd_level.restype = ctypes.c_int
+    library.semipd_decode_attention.argtypes = [_POINTER] * 4
+    library.semipd_decode_attention.restype = None
+    return library
+
+
+class _DecodePlan(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("level", "half", "kv_heads", "group", "heads", "head_dim")),
+        *((name, _LONG) for name in ("block_size", "value_offset", "query_stride")),
+        ("tables", _POINTER),
+        ("table_stride", _LONG),
+        ("items", _POINTER),
+        ("count", _LONG),
+        ("scratch", _POINTER),
+        ("scale", ctypes.c_float),
+    )
+
+
+class DecodeParts:
+    """One-token slices of a step, cut into work items: what every layer's call needs."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        tables: np.ndarray,
+        window: int | None,
+    ) -> None:
+        """One entry a slice of each: rows of the queries, positions of the tokens, block tables."""
+        self._call = kernels.library.semipd_decode_attention
+        self._level = kernels.level
+        self._rows, self._window = rows, window
+        self._first = np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1)
+        self._last = positions + 1
+        self._tables = np.ascontiguousarray(tables, np.int32)
+        self._plan: _DecodePlan | None = None
+
+    def attend(self, query: torch.Tensor, layer: torch.Tensor, out: torch.Tensor) -> None:
+        """query [T, heads, head_dim], of which a row's elements lie side by side, against one layer of the
+        pool; writes the slices' rows of out [T, heads, head_dim], contiguous."""
+        plan = self._plan or self._prepare(query, layer)
+        self._call(ctypes.byref(plan), query.data_ptr(), layer.data_ptr(), out.data_ptr())
+
+    def _prepare(self, query: torch.Tensor, layer: torch.Tensor) -> _DecodePlan:
+        _, blocks, kv_heads, block_size, head_dim = layer.shape
+        heads = query.shape[1]
+        self._items = self._cut(kv_heads)
+        count, padded = len(self._items), -(-head_dim // LANES) * LANES
+        self._scratch = torch.empty(count * (heads // kv_heads) * (padded + 2), dtype=torch.float32)
+        self._plan = _DecodePlan(
+            self._level,
+            layer.dtype == torch.bfloat16,
+            kv_heads,
+            heads // kv_heads,
+            heads,
+            head_dim,
+            block_size,
+            blocks * kv_heads * block_size * head_dim,
+            query.stride(0),
+            self._tables.ctypes.data,
+            self._tables.shape[1],
+            self._items.ctypes.data,
+            count,
+            self._scratch.data_ptr(),
+            head_dim**-0.5,
+        )
+        return self._plan
+
+    def _cut(self, kv_heads: int) -> np.ndarray:
+        """Items int64 [n, 6]: row, sequence, head, first, last, part."""
+        before = self._first // PART
+        parts = -(-self._last // PART) - before
+        sequence = np.repeat(np.arange(len(parts)), parts * kv_heads)
+        within = np.arange(len(sequence)) - np.repeat(
+            np.cumsum(parts * kv_heads) - parts * kv_heads, parts * kv_heads
+        )
+        head, part = np.divmod(within, parts[sequence])
+        begin = (before[sequence] + part) * PART
+        first = np.maximum(begin, self._first[sequence])
+        last = np.minimum(begin + PART, self._last[sequence])
+        return np.stack((self._rows[sequence], sequence, head, first, last, part), axis=1)
+
+
+def can_attend(
+    kernels: Kernels | None, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> bool:
+    """Whether `DecodeParts` takes this shape."""
+    return (
+        kernels is not None
+        and dtype in (torch.float32, torch.bfloat16)
+        and heads // kv_heads <= MOST_GROUP
+        and head_dim <= MOST_HEAD_DIM
+    )
