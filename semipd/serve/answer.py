@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from semipd.config import parse_seconds
 from semipd.core.errors import ConfigError, Refused, SemipdError
 from semipd.serve.errors import ApiError, body_of
-from semipd.serve.gate import Ticket
+from semipd.serve.gate import Limits, Ticket
 from semipd.serve.generation import Plan, generate
 from semipd.serve.replies import DONE, ChatReply, Choice, CompletionReply, Usage
 from semipd.serve.schema import ChatBody, CompletionBody, StreamOptions, parse
@@ -50,12 +50,10 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
         patience = _patience(self._request, service.gate.limits.request_timeout)
-        if service.gate.draining:
-            raise ApiError(503, "the server is shutting down", "server_error", "draining")
+        service.gate.check_open()
         service.engine()
         with service.gate.admit() as ticket:
-            data = await read_body(self._request, service.gate.limits.body)
-            body = parse(data, self._kind)
+            body = parse(await read_body(self._request, service.gate.limits, ticket), self._kind)
             service.check_model(body.model)
             work = asyncio.ensure_future(self._work(body, ticket, send, patience))
             gone = asyncio.ensure_future(_disconnected(receive))
@@ -149,19 +147,26 @@ class _Tally:
             self.usage.cached_tokens = (self.usage.cached_tokens or 0) + delta.cached_tokens
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The whole body. Raises ApiError (413) for one of more than `most` bytes."""
+async def read_body(request: Request, limits: Limits, ticket: Ticket) -> bytes:
+    """The whole body. Raises ApiError (413, 408) for one that is too large or too slow, Overloaded, and
+    starlette's ClientDisconnect."""
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= most:
-            parts.append(part)
-        elif size > DRAIN_FACTOR * most:
-            break
-    if size > most:
-        # Read a little further before: a client that is still sending might never see the answer.
-        message = f"the body is larger than {most} bytes"
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size <= limits.body:
+                    ticket.receive(len(part))
+                    parts.append(part)
+                elif size > DRAIN_FACTOR * limits.body:
+                    break
+    except TimeoutError:
+        message = f"the body did not arrive within {limits.body_seconds:g} s"
+        raise ApiError(408, message, "timeout_error", "timeout") from None
+    if size > limits.body:
+        # It was read a little further: a client that is still sending might never see the answer.
+        message = f"the body is larger than {limits.body} bytes"
         raise ApiError(413, message, "invalid_request_error", "body_too_large")
     return b"".join(parts)
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from semipd.serve import errors
 from semipd.serve.answer import Answer, read_body
 from semipd.serve.errors import ApiError
+from semipd.serve.gate import Ticket
 from semipd.serve.guard import Guard
 from semipd.serve.prometheus import render
 from semipd.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, body_schemas, parse
@@ -69,9 +70,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    async def body(request: Request, kind: type[Any]) -> Any:
-        data = await read_body(request, service.gate.limits.body)
-        parsed = parse(data, kind)
+    async def body(request: Request, kind: type[Any], ticket: Ticket) -> Any:
+        parsed = parse(await read_body(request, service.gate.limits, ticket), kind)
         service.check_model(parsed.model)
         return parsed
 
@@ -79,8 +79,9 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of messages under the chat template."""
         limit = service.engine().limit
-        parsed: TokenizeBody = await body(request, TokenizeBody)
-        ids = await service.tokenize(parsed)
+        with service.gate.admit() as ticket:
+            parsed: TokenizeBody = await body(request, TokenizeBody, ticket)
+            ids = await service.tokenize(parsed)
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids}
         if parsed.return_token_strs:
             answer["token_strs"] = [service.tokenizer.token_string(index) for index in ids]
@@ -89,8 +90,9 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", openapi_extra=_takes("DetokenizeBody"))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        parsed: DetokenizeBody = await body(request, DetokenizeBody)
-        return _json({"prompt": await service.detokenize(parsed)})
+        with service.gate.admit() as ticket:
+            parsed: DetokenizeBody = await body(request, DetokenizeBody, ticket)
+            return _json({"prompt": await service.detokenize(parsed)})
 
 
 def _add_state(app: FastAPI, service: Service, version: str) -> None:
@@ -106,8 +108,7 @@ def _add_state(app: FastAPI, service: Service, version: str) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         """Whether requests are welcome."""
-        if service.gate.draining:
-            raise ApiError(503, "the server is shutting down", "server_error", "draining")
+        service.gate.check_open()
         service.engine()
         return _json({"status": "ready"})
 

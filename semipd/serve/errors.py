@@ -7,10 +7,11 @@ import logging
 import msgspec
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from semipd.core.errors import EngineDead, Overloaded, Refused, SemipdError
-from semipd.serve.gate import RETRY_SECONDS
+from semipd.serve.gate import RETRY_SECONDS, Draining
 
 log = logging.getLogger("semipd")
 
@@ -54,8 +55,12 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         return response_of(error)
 
+    async def nobody_listens(request: Request, error: Exception) -> Response:
+        return Response(status_code=400)
+
     for kind in (SemipdError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
+    app.add_exception_handler(ClientDisconnect, nobody_listens)
 
 
 def _describe(error: Exception) -> tuple[int, str, str | None, str | None]:
@@ -67,6 +72,8 @@ def _describe(error: Exception) -> tuple[int, str, str | None, str | None]:
             return 400, "invalid_request_error", None, error.param
         case Overloaded():
             return 429, "rate_limit_error", "overloaded", None
+        case Draining():
+            return 503, "server_error", "draining", None
         case EngineDead():
             return 503, "server_error", "engine_dead", None
         case HTTPException():

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from semipd.core.errors import Overloaded
+from semipd.core.errors import Overloaded, SemipdError
 
 RETRY_SECONDS = 2
+
+
+class Draining(SemipdError):
+    """The server is about to end."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """Bounds of the server. Sizes in bytes, times in seconds.
 
-    queued_*: requests without a first token yet, and their prompt tokens. body: of one request.
-    headers: all header lines of one request. drain: how long SIGTERM waits for what is under way.
+    queued_*: requests without a first token yet, and their prompt tokens. body: of one request;
+    body_seconds: to receive it; bodies: of all requests that are not yet tokenised. headers: all header
+    lines of one request. drain: how long SIGTERM waits for what is under way.
     """
 
     queued_requests: int = 1024
     queued_tokens: int = 2**20
     body: int = 16 * 2**20
+    body_seconds: float = 60.0
+    bodies: int = 256 * 2**20
     headers: int = 64 * 2**10
     drain: float = 30.0
     request_timeout: float = 24 * 3600.0
@@ -34,11 +41,16 @@ class Gate:
         self.active = 0  # tickets out
         self.queued_requests = 0
         self.queued_tokens = 0
+        self.body_bytes = 0
+
+    def check_open(self) -> None:
+        """Raise Draining if nothing new is welcome."""
+        if self.draining:
+            raise Draining("the server is shutting down")
 
     def admit(self) -> Ticket:
-        """Let one HTTP request in. Raises Overloaded. Use the ticket in a `with` block."""
-        if self.draining:
-            raise Overloaded("the server is shutting down")
+        """Let one HTTP request in. Raises Overloaded, or Draining. Use the ticket in a `with` block."""
+        self.check_open()
         limits = self.limits
         if self.queued_requests >= limits.queued_requests:
             raise Overloaded(f"{self.queued_requests} requests wait already")
@@ -53,11 +65,20 @@ class Ticket:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self._waiting: dict[int, int] = {-1: 0}  # prompt tokens of each sequence without a first token
+        self._body_bytes = 0
         gate.active += 1
         gate.queued_requests += 1
 
+    def receive(self, count: int) -> None:
+        """That many bytes of its body have come. Raises Overloaded."""
+        self._body_bytes += count
+        self._gate.body_bytes += count
+        if self._gate.body_bytes > self._gate.limits.bodies:
+            raise Overloaded("too many bytes of requests wait already")
+
     def hold(self, prompt_tokens: list[int]) -> None:
-        """The request is these sequences."""
+        """The request is these sequences; its body is history."""
+        self._forget_body()
         self.started(-1)
         self._waiting = dict(enumerate(prompt_tokens))
         self._gate.queued_requests += len(prompt_tokens)
@@ -76,4 +97,9 @@ class Ticket:
     def __exit__(self, *_: object) -> None:
         for sequence in list(self._waiting):
             self.started(sequence)
+        self._forget_body()
         self._gate.active -= 1
+
+    def _forget_body(self) -> None:
+        self._gate.body_bytes -= self._body_bytes
+        self._body_bytes = 0

@@ -16,6 +16,7 @@ from semipd.serve.messages import (
     Abort,
     Ask,
     Close,
+    EngineInfo,
     Lost,
     Start,
     Submit,
@@ -40,6 +41,7 @@ class ProcessLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._transport: asyncio.Transport | None = None
+        self._built = False
 
     @property
     def pid(self) -> int | None:
@@ -62,9 +64,13 @@ class ProcessLink:
     async def open(self, deliver: Callable[[Up], None]) -> None:
         if self._process is None:
             self.start()
-        loop = asyncio.get_running_loop()
-        self._transport, _ = await loop.create_unix_connection(
-            lambda: _Protocol(deliver, self._why_lost), sock=self._socket
+
+        def hear(message: Up) -> None:
+            self._built = self._built or isinstance(message, EngineInfo)
+            deliver(message)
+
+        self._transport, _ = await asyncio.get_running_loop().create_unix_connection(
+            lambda: _Protocol(hear, self._why_lost), sock=self._socket
         )
 
     def send(self, message: Submit | Abort | Ask) -> None:
@@ -75,9 +81,10 @@ class ProcessLink:
         if self._process is None:
             return
         if self._transport is not None:
-            self._transport.write(frame(Close()))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, CLOSE_SECONDS)
+            if self._built:  # while it builds, it does not listen
+                self._transport.write(frame(Close()))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    await asyncio.to_thread(self._process.wait, CLOSE_SECONDS)
             self._transport.close()
         self.kill()
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
 from semipd.core.errors import ConfigError, Refused
@@ -26,7 +27,7 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         self.config = read_json(folder / "tokenizer_config.json") or {}
         self._parsing = _load(folder / "tokenizer.json")  # turns the text of special tokens into their ids
-        self._literal = _load(folder / "tokenizer.json")  # does not
+        self._literal = _twin(self._parsing, folder / "tokenizer.json")  # does not
         self._literal.encode_special_tokens = True
         self.special = {
             token.content: index
@@ -169,6 +170,22 @@ def _load(path: Path) -> RawTokenizer:
     return raw
 
 
+def _twin(raw: RawTokenizer, path: Path) -> RawTokenizer:
+    """A second tokenizer with settings of its own, over the same vocabulary in memory if possible."""
+    twin = RawTokenizer(raw.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (value := getattr(raw, part)) is not None:
+            setattr(twin, part, value)
+    added = raw.get_added_tokens_decoder()
+    for index in sorted(added):
+        twin.add_tokens([added[index]])
+    return twin if _same(twin.get_added_tokens_decoder(), added) else _load(path)
+
+
+def _same(one: dict[int, AddedToken], other: dict[int, AddedToken]) -> bool:
+    return {i: repr(token) for i, token in one.items()} == {i: repr(token) for i, token in other.items()}
+
+
 def _encode(raw: RawTokenizer, text: str, add_special: bool) -> list[int]:
     try:
         return raw.encode(text, add_special_tokens=add_special).ids
@@ -177,7 +194,9 @@ def _encode(raw: RawTokenizer, text: str, add_special: bool) -> list[int]:
 
 
 def _decoder_kinds(raw: RawTokenizer) -> set[str]:
-    decoder = json.loads(raw.to_str())["decoder"] or {}
+    if raw.decoder is None:
+        return set()
+    decoder = json.loads(raw.decoder.__getstate__())  # the library shows its settings in no other way
     return {part["type"] for part in [decoder, *decoder.get("decoders", ())] if "type" in part}
 
 

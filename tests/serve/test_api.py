@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -301,6 +302,32 @@ def test_a_client_that_leaves_frees_its_request(folder: Path, streaming: bool) -
         assert time.monotonic() - left < 2.0
         wait_for(lambda: not live.by_slot)
         assert running.service.gate.queued_requests == running.service.gate.queued_tokens == 0
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body(folder: Path, caplog: Any) -> None:
+    limits = Limits(body_seconds=0.5)
+    with serving(folder, LiveFake(), limits=limits) as running, eventually() as wait_for:
+        gate = running.service.gate
+        port = int(running.url.rpartition(":")[2])
+        half = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"prompt": '
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.sendall(half)
+            wait_for(lambda: gate.active == 1)
+        wait_for(lambda: gate.active == 0)
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(half)
+            assert b" 408 " in slow.recv(4096)
+        wait_for(lambda: gate.active == gate.queued_requests == gate.body_bytes == 0)
+    assert not caplog.records, "neither is an error of the server"
+
+
+def test_bodies_that_wait_are_bounded_together(folder: Path) -> None:
+    limits = Limits(bodies=1000)
+    with serving(folder, LiveFake(), limits=limits) as running, running.client() as client:
+        assert client.post("/v1/completions", json={"prompt": "x " * 800}).status_code == 429
+        assert client.post("/tokenize", json={"prompt": "x " * 800}).status_code == 429
+        assert running.service.gate.body_bytes == 0
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
 def test_a_deadline_ends_a_request(folder: Path) -> None:

@@ -28,7 +28,7 @@ from semipd.serve.gate import Limits
 from semipd.serve.server import run_server
 values = dict(pair.split("=") for pair in sys.argv[2:])
 try:
-    code = run_server(from_mapping({"model": sys.argv[1], "port": "0", **values}), Limits(drain=3.0),
+    code = run_server(from_mapping({"model": sys.argv[1], "port": "0", **values}), Limits(drain=1.5),
                       engine_module="tests.serve.fake_process")
 except ConfigError as error:
     print(error, file=sys.stderr)
@@ -71,11 +71,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def start(folder: Path, *settings: str, pace: int = 0) -> Iterator[subprocess.Popen[str]]:
+def start(
+    folder: Path, *settings: str, pace: int = 0, delay: float = 0.0
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(folder), *settings],
         cwd=ROOT,
-        env={**os.environ, "FAKE_PACE": str(pace)},
+        env={**os.environ, "FAKE_PACE": str(pace), "FAKE_DELAY": str(delay)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,6 +117,33 @@ def test_it_serves_without_torch_and_ctrl_c_ends_it(folder: Path) -> None:
         )
 
 
+def test_while_loading_it_listens_and_can_be_ended(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        start(folder, f"port={port}", delay=60.0) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+        eventually(10.0) as wait_for,
+    ):
+
+        def listening() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return client.get("/health").json() == {"status": "loading"}
+            return False
+
+        wait_for(listening)
+        for answer in (
+            client.get("/ready"),
+            client.post("/v1/completions", json=LONG),
+            client.get("/metrics"),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+        children = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(3.0) == 0
+        wait_for(lambda: not any(map(_runs, children)))
+
+
 def test_sigterm_drains(folder: Path) -> None:
     with running(folder, pace=10) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
         whole = pool.submit(lambda: client.post("/v1/completions", json={**LONG, "max_tokens": 100}))
@@ -142,7 +171,7 @@ def test_a_drain_has_an_end_and_a_second_signal_ends_it_at_once(folder: Path) ->
                 server.process.send_signal(signal.SIGTERM)
             assert server.ends_within(8.0) == 0
             took = time.monotonic() - began
-            assert took < 2.0 if second else 3.0 < took < 6.0
+            assert took < 1.5 if second else 1.5 < took < 4.5
             assert cut.result(5).status_code == 503
 
 
