@@ -60,7 +60,8 @@ class SimExecutor:
     """Implements `core.ports.Executor` in virtual time. `compute` makes the tokens (at a step's end).
 
     Without one, a sequence says ENDS as soon as its `min_tokens` let it: so a request carries its true
-    length where no policy looks.
+    length where no policy looks. block_copy_seconds: of one KV block on the transfer lane, which takes
+    nothing from the others.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class SimExecutor:
         cost: CostModel,
         clock: VirtualClock,
         compute: Compute | None = None,
+        block_copy_seconds: float = 0.0,
     ) -> None:
         self.device = device
         self.clock = clock
         self._cost = cost
+        self._block_copy_seconds = block_copy_seconds
         self._compute = compute or self._end_when_allowed
         self._queued: dict[Lane, deque[Batch]] = {lane: deque() for lane in device.lanes}
         self._running: dict[Lane, _Run] = {}
@@ -183,12 +186,15 @@ class SimExecutor:
 
     def _retime(self) -> None:
         """Every running step's speed, given the split and who runs beside it."""
-        runs = list(self._running.items())
-        for lane, run in runs:
-            others = [(other, beside) for other, beside in runs if other is not lane]
-            units = self._split.of(lane)
-            if others:
-                other, beside = others[0]
-                run.seconds = self._cost.seconds(run.work, units, beside.work, self._split.of(other))
-            else:
-                run.seconds = self._cost.seconds(run.work, units)
+        for lane, run in self._running.items():
+            if lane is Lane.TRANSFER:
+                run.seconds = self._block_copy_seconds * len(run.batch.copies)
+                continue
+            other = Lane.DECODE if lane is Lane.PREFILL else Lane.PREFILL
+            beside = self._running.get(other)
+            run.seconds = self._cost.seconds(
+                run.work,
+                self._split.of(lane),
+                beside.work if beside else None,
+                self._split.of(other) if beside else 0,
+            )

@@ -1,0 +1,153 @@
+"""What auto chooses, on the fake device whose cost is a + b * tokens + c * context, shared by units."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+
+from semipd.core.admission import Aggressive
+from semipd.core.auto import Auto
+from semipd.core.engine import Engine
+from semipd.core.kv import BlockPool
+from semipd.core.partition import Targets
+from semipd.core.policies import Limits
+from semipd.core.types import Device, Event, Lane, Launched, Request, Sampling, Stepped
+from semipd.execute.sim import FixedCost, SimExecutor, VirtualClock
+
+UNITS = 16
+DEVICE = Device("d", UNITS, "SM", tuple((p, UNITS - p) for p in range(2, UNITS, 2)), 2)
+
+
+class Rig:
+    """An engine under auto in virtual time. A decode step of 8 takes 2.3 ms on the whole device, a prompt
+    of 1,000 takes 101 ms. truth: what steps really take; the model may be wrong about it."""
+
+    def __init__(self, targets: Targets, truth: float = 1.0) -> None:
+        model = FixedCost(UNITS, 1e-3, 1e-4, 1e-6)
+        real = FixedCost(UNITS, truth * 1e-3, truth * 1e-4, truth * 1e-6)
+        self.clock = VirtualClock()
+        self.events: list[Event] = []
+        limits = Limits(UNITS, prefill_tokens=2048, batch=64, admission=Aggressive())
+        self.auto = Auto(limits, DEVICE, model, {"default": targets})
+        pool = BlockPool(4000, 16)
+        self.engine = Engine(
+            SimExecutor(DEVICE, real, self.clock),
+            self.auto,
+            {Lane.PREFILL: pool, Lane.DECODE: pool},
+            self.clock,
+            max_sequences=128,
+            max_length=50_000,
+            observers=[self.events.append, self.auto],
+        )
+        self.requests: list[Request] = []
+
+    def add(self, prompt: int, output: int) -> Request:
+        name = str(len(self.requests))
+        request = Request(name, range(prompt), output, Sampling(ban_until=10**6), arrival=self.clock.now())
+        self.requests.append(request)
+        self.engine.add(request)
+        return request
+
+    def run(self, seconds: float = math.inf) -> None:
+        end = self.clock.now() + seconds
+        while not self.engine.idle and self.clock.now() < end:
+            self.engine.step(end if end < math.inf else None)
+
+    def streams(self, count: int = 8, output: int = 400) -> None:
+        for _ in range(count):
+            self.add(100, output)
+        self.run(0.2)
+        self.events.clear()
+
+    def launches(self, lane: Lane) -> list[Launched]:
+        return [e for e in self.events if isinstance(e, Launched) and e.lane is lane]
+
+
+def test_a_lone_phase_has_everything() -> None:
+    rig = Rig(Targets(0.5, 0.05))
+    rig.add(3000, 30)
+    rig.run()
+    for event in rig.events:
+        if isinstance(event, Launched):
+            assert event.split.of(event.lane) == UNITS
+
+
+def test_tight_tpot_keeps_streams_on_time_beside_long_prompts() -> None:
+    rig = Rig(Targets(30.0, 0.006))
+    rig.streams()
+    for _ in range(4):
+        rig.add(4000, 1)
+    rig.run()
+    for request in rig.requests[:8]:
+        assert (request.last_token_at - request.first_token_at) / 399 <= 0.006
+
+
+def test_tight_ttft_moves_decode_aside() -> None:
+    """Decode has slack (it may take 50 ms a token): the prompt gets what it needs to be in time."""
+    rig = Rig(Targets(0.14, 0.05))
+    rig.streams()
+    prompt = rig.add(1000, 1)
+    rig.run()
+    assert prompt.first_token_at - prompt.arrival <= 0.14
+    for request in rig.requests[:8]:
+        assert (request.last_token_at - request.first_token_at) / 399 <= 0.05
+
+
+def test_short_prompts_do_not_wait_behind_long_ones_and_none_starves() -> None:
+    rig = Rig(Targets(1.0, 0.05))
+    long = [rig.add(8000, 2) for _ in range(3)]
+    short = []
+    for _ in range(100):
+        rig.run(0.05)
+        short.append(rig.add(300, 2))
+    rig.run()
+    waits = sorted(r.first_token_at - r.arrival for r in short)
+    assert waits[50] < 0.4
+    assert all(request.first_token_at < 30.0 for request in long)
+
+
+@pytest.mark.parametrize("truth", [0.5, 2.0])
+def test_a_wrong_cost_model_is_corrected_by_what_is_observed(truth: float) -> None:
+    rig = Rig(Targets(30.0, 0.012), truth)
+    rig.streams(output=300)
+    for _ in range(6):
+        rig.add(3000, 1)
+    rig.run()
+    assert rig.auto._corrections[Lane.DECODE].factor == pytest.approx(truth, rel=0.25)
+    for request in rig.requests[:8]:
+        assert (request.last_token_at - request.first_token_at) / 299 <= 0.012
+
+
+def test_a_constant_load_settles_on_a_way() -> None:
+    """Hysteresis: with eight streams and one endless queue of equal prompts, switches are rare."""
+    rig = Rig(Targets(5.0, 0.01))
+    rig.streams(output=2000)
+    for _ in range(60):
+        rig.add(1000, 1)
+    rig.run(4.0)
+    splits = [str(e.split) for e in rig.launches(Lane.DECODE)]
+    changes = sum(one != two for one, two in itertools.pairwise(splits))
+    assert changes <= len(splits) / 5
+
+
+def test_shares_are_legal_and_every_step_comes_back() -> None:
+    rig = Rig(Targets(0.3, 0.01))
+    for index in range(60):
+        rig.add(50 + 97 * index % 1500, 5 + index)
+        rig.run(0.03)
+    rig.run()
+    legal = {*DEVICE.legal_splits, (UNITS, UNITS), (UNITS, 0), (0, UNITS)}
+    launched = [e for e in rig.events if isinstance(e, Launched)]
+    assert {(e.split.of(Lane.PREFILL), e.split.of(Lane.DECODE)) for e in launched} <= legal
+    assert len(launched) == sum(isinstance(e, Stepped) for e in rig.events)
+    rig.engine.check_idle()
+
+
+def test_nothing_but_build_knows_auto() -> None:
+    """Deleting auto deletes one file."""
+    package = Path(__file__).parents[2] / "semipd"
+    users = [path.name for path in package.rglob("*.py") if "core.auto" in path.read_text()]
+    assert users == ["build.py"]
