@@ -27,6 +27,7 @@ class TritonOps:
 
     def __init__(self, device: torch.device, rows: int, heads: Heads, units: int) -> None:
         self._cast = os.environ.get("TRITON_INTERPRET") == "1"
+        self._units = units  # the scratch memory below is enough for this many, and no more
         cells = max(count * decode_splits(count, heads.kv, units) for count in range(1, rows + 1))
         self._sums = torch.empty(cells * heads.query * heads.dim, dtype=torch.float32, device=device)
         self._totals = torch.empty(cells * heads.query, dtype=torch.float32, device=device)
@@ -138,7 +139,7 @@ class TritonOps:
                 BLOCK_M=TILE, BLOCK_N=32 if wide else PREFILL_BLOCK, num_warps=8, num_stages=2, **shape,
             )  # fmt: skip
         if count := step.singles.shape[0]:
-            splits = decode_splits(count, heads.kv, units)
+            splits = decode_splits(count, heads.kv, min(units, self._units))
             scratch = (self._sums, self._totals, self._maxima)
             attention.decode_kernel[(count, heads.kv, splits)](
                 *scratch, qkv, layer, step.tables, step.singles, step.row_slots, step.positions,

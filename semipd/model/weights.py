@@ -46,13 +46,15 @@ class Weights(Protocol):
 class SafetensorsWeights:
     """The tensors of `model.safetensors`, or of the shards that its index names."""
 
-    def __init__(self, folder: str | Path, dtype: str, stored: str) -> None:
-        """dtype: auto, bfloat16 or float32; stored: the checkpoint's dtype, empty when unknown."""
+    def __init__(self, folder: str | Path, dtype: str, stored: str, device: str = "cpu") -> None:
+        """dtype: auto, bfloat16 or float32; stored: the checkpoint's dtype, empty when unknown; device:
+        where the tensors go."""
         self._folder = Path(folder)
+        self._device = device
         self._files: dict[str, Any] = {}
         self._where = self._locate()
         self._taken: set[str] = set()
-        self.dtype = _target(dtype, stored or self._stored())
+        self.dtype = _target(dtype, stored or self._stored(), device)
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self._where:
@@ -66,7 +68,7 @@ class SafetensorsWeights:
         if tensor.dtype not in DTYPES.values():
             raise ConfigError(f"{self._folder}: {name} is stored as {tensor.dtype}, which is not supported")
         self._taken.add(name)
-        return torch.empty(shape, dtype=self.dtype).copy_(tensor)
+        return torch.empty(shape, dtype=self.dtype, device=self._device).copy_(tensor)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         left = set(self._where) - self._taken - set(ignored)
@@ -126,30 +128,29 @@ class DummyWeights:
     """Seeded random tensors: unit norms, matrices scaled by their inputs so that activations stay
     finite."""
 
-    def __init__(self, dtype: str, stored: str, seed: int) -> None:
-        self.dtype = _target(dtype, stored or "bfloat16")
+    def __init__(self, dtype: str, stored: str, seed: int, device: str = "cpu") -> None:
+        self.dtype = _target(dtype, stored or "bfloat16", device)
         self._seed = seed
+        self._device = device
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self.dtype)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+            return torch.ones(shape, dtype=self.dtype, device=self._device)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         scale = 0.02 if len(shape) == 1 else 1.0 / math.sqrt(shape[1])
-        return torch.empty(shape, dtype=self.dtype).normal_(0.0, scale, generator=generator)
+        empty = torch.empty(shape, dtype=self.dtype, device=self._device)
+        return empty.normal_(0.0, scale, generator=generator)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Nothing can be left."""
 
 
-def _target(dtype: str, stored: str) -> torch.dtype:
-    """The dtype to compute in. float16 is never it: its matmul on CPU is some 500 times slower."""
+def _target(dtype: str, stored: str, device: str) -> torch.dtype:
+    """The dtype to compute in. On a CPU float16 is never it: its matmul there is some 500 times slower."""
     wanted = stored if dtype == "auto" else dtype
     if wanted not in DTYPES:
         raise ConfigError(f"dtype {wanted!r} is not one of auto, bfloat16, float32")
-    if wanted == "float16":
+    if wanted == "float16" and device == "cpu":
         wanted = "bfloat16"
-    if stored == "float16":
-        logger.info(
-            "the checkpoint is float16; converting it to %s, since CPUs have no fast float16", wanted
-        )
+        logger.info("converting float16 to bfloat16, since CPUs have no fast float16")
     return DTYPES[wanted]

@@ -1,0 +1,120 @@
+"""From logits to tokens on an asynchronous device: the rule of `sampler`, without a read-back.
+
+Same filters, same order, same counter-based number per (seed, position), so a step can be run again. Sums
+run over other shapes than in numpy: where a drawn number falls within rounding of a boundary, the two may
+differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+
+INVALID = -1  # the token of a row whose logits have no finite maximum
+_BLOCK = 256  # entries whose weights are summed together, as in `sampler.draw`
+
+
+@dataclass(frozen=True)
+class DeviceRules:
+    """The rules of n rows, on the device. temperature, top_p, min_p: float32; top_k, seed, position: int64;
+    banned: int64 [n, any], ids that cannot be produced, each row filled up with one of its own; banning:
+    bool [n]. filtered: whether any row has a top-k or top-p, which costs a sort."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    seed: torch.Tensor
+    position: torch.Tensor
+    banned: torch.Tensor
+    banning: torch.Tensor
+    filtered: bool
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """The first best entry of each row [n, vocabulary], or INVALID; int64 [n]. NaN counts as the best."""
+    index = logits.argmax(dim=1)
+    best = logits.gather(1, index[:, None])[:, 0]
+    return torch.where(best.isfinite(), index, INVALID)
+
+
+def sample_on_device(logits: torch.Tensor, rules: DeviceRules) -> torch.Tensor:
+    """One token per row of logits [n, vocabulary], int64 [n]; INVALID as for `greedy`. Rows of temperature 0
+    are greedy. logits are overwritten where tokens are banned."""
+    held = logits.gather(1, rules.banned)
+    unseen = torch.full_like(held, float("-inf"))
+    logits.scatter_(1, rules.banned, torch.where(rules.banning[:, None], unseen, held))
+    best = greedy(logits)
+    weights = _filtered_weights(logits.float(), rules)
+    drawn = _draw(weights, uniform(rules.seed, rules.position))
+    return torch.where((rules.temperature > 0) & (best != INVALID), drawn, best)
+
+
+def uniform(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """float64 [n] in [0, 1) from int64 [n]: as `sampler.uniform`, in wrapping 64-bit arithmetic."""
+    bits = _mix(seed + _signed(0x9E3779B97F4A7C15))
+    bits = _mix((bits ^ position) + _signed(0x9E3779B97F4A7C15))
+    return _shifted(bits, 11).double() * 2.0**-53
+
+
+def _filtered_weights(logits: torch.Tensor, rules: DeviceRules) -> torch.Tensor:
+    """Unnormalised probabilities of what the filters leave; the best entry has 1."""
+    cold = rules.temperature.clamp_min(1e-20)[:, None]
+    weights = ((logits - logits.amax(dim=1, keepdim=True)) / cold).exp_()
+    weights.nan_to_num_(nan=0.0)  # an index computed from NaN would be out of range, and end the context
+    cut = rules.min_p
+    if rules.filtered:
+        cut = torch.maximum(cut, _cuts(weights, rules))
+    return weights * (weights >= cut[:, None])
+
+
+def _cuts(weights: torch.Tensor, rules: DeviceRules) -> torch.Tensor:
+    """The smallest weight that top-k and top-p leave in each row; 0 where neither is set."""
+    ordered = weights.sort(dim=1, descending=True).values
+    size = ordered.shape[1]
+    limit = torch.where((rules.top_k > 0) & (rules.top_k < size), rules.top_k, size)
+    cut = torch.where(limit < size, ordered.gather(1, (limit - 1)[:, None])[:, 0], 0.0)
+    among = ordered * (ordered >= cut[:, None])
+    cumulative = among.double().cumsum(dim=1)
+    wanted = rules.top_p.double()[:, None] * cumulative[:, -1:]
+    kept = torch.searchsorted(cumulative, wanted, right=False)
+    kept = torch.minimum(kept[:, 0], (among > 0).sum(dim=1) - 1)[:, None]
+    nucleus = torch.where(rules.top_p < 1.0, among.gather(1, kept.clamp_min(0))[:, 0], 0.0)
+    return torch.maximum(cut, nucleus)
+
+
+def _draw(weights: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """The index whose share of each row's cumulative weights contains its number; int64 [n]."""
+    rows, size = weights.shape
+    blocks = functional.pad(weights, (0, -size % _BLOCK)).view(rows, -1, _BLOCK)
+    totals = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    target = number[:, None] * totals[:, -1:]
+    block = _first_above(totals, target)
+    before = torch.where(block > 0, totals.gather(1, (block - 1).clamp_min(0)), 0.0)
+    chosen = blocks.gather(1, block[:, :, None].expand(rows, 1, _BLOCK))[:, 0]
+    within = _first_above(chosen.double().cumsum(dim=1), target - before)
+    return (block * _BLOCK + within)[:, 0]
+
+
+def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The first index of each row whose value exceeds its target; rounding aside, else the last that adds."""
+    above = torch.searchsorted(cumulative, target, right=True)
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)
+    return torch.minimum(above, last)
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
+    return value ^ _shifted(value, 31)
+
+
+def _shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right, zeros coming in."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
