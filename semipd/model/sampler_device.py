@@ -41,8 +41,8 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def sample_on_device(logits: torch.Tensor, rules: DeviceRules) -> torch.Tensor:
-    """One token per row of logits [n, vocabulary], int64 [n]; INVALID as for `greedy`. Rows of temperature 0
-    are greedy. logits are overwritten where tokens are banned."""
+    """One token per row of logits [n, vocabulary], int64 [n]; INVALID as for `greedy`. Rows of temperature
+    0 are greedy. logits are overwritten where tokens are banned."""
     held = logits.gather(1, rules.banned)
     unseen = torch.full_like(held, float("-inf"))
     logits.scatter_(1, rules.banned, torch.where(rules.banning[:, None], unseen, held))
@@ -99,7 +99,7 @@ def _draw(weights: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The first index of each row whose value exceeds its target; rounding aside, else the last that adds."""
+    """The first index of each row whose value exceeds its target; rounding aside, the last that adds."""
     above = torch.searchsorted(cumulative, target, right=True)
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)
     return torch.minimum(above, last)

@@ -41,7 +41,7 @@ def logits_of(folder: Path, slices: list[tuple[int, int, int, bool]], ops: Ops |
             rows,
             torch.from_numpy(sample),
         )
-        return load_model(folder, pack=False).forward(inputs, kv, lambda: None)
+        return load_model(folder, pack=False, kernels=False).forward(inputs, kv, lambda: None)
     tiles = [
         (slot, start + offset, row + offset, min(TILE, count - offset))
         for slot, start, count, row in zip(slots, starts, counts, first, strict=True)
