@@ -14,7 +14,7 @@ from typing import Protocol
 from semipd.core.engine import Engine
 from semipd.core.errors import Refused, SemipdError
 from semipd.core.metrics import Metrics
-from semipd.core.ports import Observer
+from semipd.core.ports import ExecutorLost, Observer
 from semipd.core.types import Event, Finished, FinishReason, Lane, Launched, Stepped, Tokens
 from semipd.serve.messages import Abort, Ended, EngineInfo, LaneState, Lost, Stats, Step, Submit, Up
 
@@ -80,6 +80,8 @@ class Planner:
             self._serve(self._engine)
         except SemipdError as error:
             self._lose(Lost(str(error), refused=self._engine is None))
+        except ExecutorLost as error:
+            self._lose(Lost(str(error)))
         except Exception as error:
             log.exception("the engine failed")
             self._lose(Lost(f"{type(error).__name__}: {error}"))

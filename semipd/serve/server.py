@@ -34,6 +34,7 @@ from semipd.serve.session import Session
 from semipd.serve.tokenizer import Tokenizer
 from semipd.serve.traffic import log_traffic
 
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep theirs: the one who closes must not be the one who waits
 GRACE_SECONDS = 1.0  # for answers that are being written when everything ends
 SHOWN_PROMPT = "Once upon a time"
 
@@ -169,6 +170,7 @@ def http_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
             h11_max_incomplete_event_size=limits.headers,
             proxy_headers=False,
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=1,
         )
     )

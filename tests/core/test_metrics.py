@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.core.engine import Engine
@@ -19,6 +19,7 @@ from semipd.core.types import FinishReason, Lane, Request
 from tests.execute.fake import FakeExecutor
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(1e-6, 1e5), min_size=1, max_size=200),
     st.floats(0.0, 1.0),

@@ -15,6 +15,7 @@ import pytest
 
 from semipd.config import Config, ModelConfig
 from semipd.core.errors import ConfigError, EngineDead, Refused
+from semipd.core.ports import ExecutorLost
 from semipd.core.types import FinishReason, Sampling
 from semipd.serve import session as session_module
 from semipd.serve.messages import LaneState, Stats, Submit
@@ -212,8 +213,14 @@ def test_an_engine_that_cannot_be_built() -> None:
 
     with pytest.raises(ConfigError, match="no such thing"):
         EngineThread(refuse)
+
+    def lose(observers: object) -> Any:
+        raise ExecutorLost("the resident died")
+
     with pytest.raises(EngineDead, match="no memory"):
         EngineThread(fail)
+    with pytest.raises(EngineDead, match=r"^the resident died$"):
+        EngineThread(lose)
 
     async def main() -> None:
         async with in_process(config=Config(ModelConfig(max_model_len=7))) as session:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.serve.stops import StopFinder
@@ -19,6 +19,7 @@ def slow(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
+@settings(deadline=None)
 @given(st.lists(letters, min_size=1, max_size=3), st.lists(letters, max_size=12))
 def test_the_result_does_not_depend_on_the_pieces(stops: list[str], pieces: list[str]) -> None:
     finder = StopFinder(stops)
