@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -25,10 +26,15 @@ from semipd.core.ports import CostModel, Observer, Policy
 from semipd.core.types import Device, Lane, Split
 from semipd.execute.clock import MonotonicClock
 from semipd.execute.cores import available_cores
+from semipd.execute.cost import StepCost, kv_capacity
 from semipd.execute.cpu import CpuExecutor, cpu_device
+from semipd.execute.device_file import load_device
+from semipd.execute.sim import Isolated, SimExecutor, VirtualClock
+from semipd.model.catalogue import CATALOGUE, named_spec
 from semipd.model.spec import ModelSpec, load_spec
 
 DEFAULT_CHUNK_TOKENS = 256
+DEFAULT_TRANSFER_BANDWIDTH = 64 * 10**9  # bytes per second: a PCIe 5 link
 DEFAULT_MEMORY_SHARE = 10  # one part in ten of the machine's memory
 DEFAULT_MEMORY_MOST = 2 * 1024**3
 
@@ -95,6 +101,53 @@ def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) 
         max_length=resolved.max_length,
         observers=(*observers, *([policy] if callable(policy) else [])),
     )
+
+
+def build_simulation(
+    model: str,
+    device: str,
+    settings: PolicyConfig,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    whole_devices: bool = False,
+    blocks: int | None = None,
+    block_size: int = 16,
+    observers: Iterable[Observer] = (),
+) -> tuple[Engine, VirtualClock]:
+    """The same engine on a simulated device under a virtual clock.
+
+    model: a name of the catalogue or a folder. device: a name or a device file. whole_devices: give each
+    side of `disaggregated` a device of its own rather than half of one. Raises ConfigError."""
+    spec = named_spec(model) if model in CATALOGUE else load_spec(model_folder(model))
+    hardware = load_device(device)
+    ranks = tensor_parallel * pipeline_parallel
+    two_pools = settings.policy == "disaggregated"
+    if two_pools and not whole_devices:
+        hardware = hardware.varied(slower=2.0)  # half of everything, units kept
+    step_cost = StepCost(spec, hardware, tensor_parallel, pipeline_parallel)
+    cost: CostModel = Isolated(step_cost, hardware.units) if two_pools else step_cost
+    tokens = kv_capacity(spec, hardware, ranks) // (2 if two_pools and not whole_devices else 1)
+    blocks = blocks or max(tokens // block_size, 1)
+    first = BlockPool(blocks, block_size)
+    second = BlockPool(blocks, block_size, first=blocks) if two_pools else first
+    known = hardware.device()
+    if two_pools:
+        known = dataclasses.replace(known, lanes=frozenset(Lane))
+    policy = make_policy(settings, known, cost)
+    clock = VirtualClock()
+    bandwidth = settings.transfer_bandwidth or DEFAULT_TRANSFER_BANDWIDTH
+    copy_seconds = spec.kv_bytes_per_token(2) * block_size / bandwidth
+    engine = Engine(
+        SimExecutor(known, cost, clock, block_copy_seconds=copy_seconds),
+        policy,
+        {Lane.PREFILL: first, Lane.DECODE: second, Lane.TRANSFER: second},
+        clock,
+        max_sequences=settings.max_num_seqs,
+        max_length=min(spec.max_positions, blocks * block_size),
+        observers=(*observers, *([policy] if callable(policy) else [])),
+    )
+    return engine, clock
 
 
 def model_folder(model: str | None) -> Path:
@@ -193,8 +246,8 @@ def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None =
                     f"the policy disaggregated needs two pools, which {device.name} has not; "
                     "semipd simulate runs it"
                 )
-            half = device.units // 2
-            return Disaggregated(limits, Split.pair(device.units - half, half, device.units))
+            # Each side owns its own device or half; the cost model knows how fast that is.
+            return Disaggregated(limits, Split.pair(device.units, device.units, device.units))
         case _:
             return _semi_pd(settings, limits, device, cost)
 

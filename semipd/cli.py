@@ -1,4 +1,4 @@
-"""The command line: `semipd serve | generate | chat | bench`. Each command is imported when it is used."""
+"""The command line: serve, generate, chat, bench, simulate. Each command is imported when it is used."""
 
 from __future__ import annotations
 
@@ -73,7 +73,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
     bench_serve = kinds.add_parser("serve", help="load any OpenAI-compatible server")
     bench_serve.set_defaults(run=_bench_serve, parser=bench_serve)
-    # The client commands define their options beside the code that reads them; only they load it.
+    simulate = commands.add_parser("simulate", help="run the engine on a simulated device")
+    simulate.set_defaults(run=_simulate, parser=simulate)
+    # These commands define their options beside the code that reads them; only they load it.
+    if words[:1] == ["simulate"]:
+        from semipd.bench.scenario import add_options
+
+        add_options(simulate)
     if words[:1] == ["chat"]:
         from semipd.chat import add_options
 
@@ -197,6 +203,12 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _bench_serve(options: argparse.Namespace) -> int:
     from semipd.bench.client import run_command
+
+    return run_command(options)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from semipd.bench.scenario import run_command
 
     return run_command(options)
 

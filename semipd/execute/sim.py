@@ -38,6 +38,16 @@ class FixedCost:
         return whole * crowd * self._units / max(units, 1)
 
 
+class Isolated:
+    """Lanes on devices of their own: each step runs as if alone on all units."""
+
+    def __init__(self, cost: CostModel, units: int) -> None:
+        self._cost, self._units = cost, units
+
+    def seconds(self, work: Work, units: int, beside: Work | None = None, beside_units: int = 0) -> float:
+        return self._cost.seconds(work, self._units)
+
+
 Compute = Callable[[Batch], tuple[int, ...]]
 
 
