@@ -130,7 +130,7 @@ class DeviceModel:
     def launch(
         self, step: DeviceStep, buffers: Buffers, kv: torch.Tensor, ops: Ops, units: Callable[[], int]
     ) -> Iterator[None]:
-        """Launch the step layer by layer, yielding after each; when it is exhausted, the first rows of
+        """Launch the step layer by layer, yielding between two; when it is exhausted, the first rows of
         `buffers.logits` are (or will be) the logits of `step.sample`. units: the SMs of the lane, which may
         change between layers."""
         rows = step.rows
@@ -150,7 +150,8 @@ class DeviceModel:
             self._feed(layer, mixed, hidden, following, buffers, ops)
             if last:
                 self._head.into(buffers.logits[:rows], buffers.normed[:rows])
-            yield
+            else:
+                yield
 
     def _attend(
         self, layer: DeviceLayer, kv: torch.Tensor, step: DeviceStep, buffers: Buffers, ops: Ops, units: int

@@ -1,0 +1,144 @@
+"""Captured decode steps: one graph per (side, number of rows rounded up), replayed with new inputs.
+
+A graph keeps the SMs of the stream that it was captured on, so every partition needs its own set. All
+intermediates are the decode lane's buffers, so what a graph adds is small; it is measured all the same, and
+a budget and a number of sides bound it. Sides that were not captured at start run eagerly until the device
+is idle for a moment: capturing blocks the launching thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from semipd.execute.backend import Backend, Side
+from semipd.execute.device_storage import DeviceStorage, Packed
+from semipd.model.device_model import Buffers, DeviceModel
+from semipd.model.ops import DeviceStep, Ops
+from semipd.model.sampler_device import greedy
+
+MOST_SIDES = 6
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+
+log = logging.getLogger("semipd")
+
+
+def buckets(batch: int) -> tuple[int, ...]:
+    """Numbers of rows to capture for batches of up to `batch`: at most a quarter is padding."""
+    enough = next((index for index, count in enumerate(_BUCKETS) if count >= batch), len(_BUCKETS) - 1)
+    return _BUCKETS[: enough + 1]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured step of `rows` rows. inputs: int64 [3 * rows], slots, positions and where the ids go in
+    the flat token table; ids: int64 [rows]."""
+
+    rows: int
+    inputs: torch.Tensor
+    ids: torch.Tensor
+    replay: Callable[[], None]
+
+
+class DecodeGraphs:
+    """The graphs of the decode lane, which owns `buffers` and `ops`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        model: DeviceModel,
+        storage: DeviceStorage,
+        buffers: Buffers,
+        ops: Ops,
+        batch: int,
+        budget: int,
+        most_sides: int = MOST_SIDES,
+    ) -> None:
+        """batch: most rows of a step; budget: bytes that all graphs may take."""
+        self._backend, self._model, self._storage = backend, model, storage
+        self._buffers, self._ops = buffers, ops
+        self._sizes = tuple(size for size in buckets(batch) if size <= buffers.logits.shape[0])
+        self._budget = budget
+        self._most_sides = most_sides
+        self._graphs: dict[Side, dict[int, Graph]] = {}
+        self._wanted: list[Side] = []
+        self.nbytes = 0
+        with torch.inference_mode():
+            device = backend.device
+            self._inputs = torch.zeros(3 * max(self._sizes), dtype=torch.int64, device=device)
+            self._ids = torch.zeros(max(self._sizes), dtype=torch.int64, device=device)
+            self._singles = torch.arange(max(self._sizes), device=device)
+            self._no_tiles = torch.zeros((0, 4), dtype=torch.int64, device=device)
+
+    def find(self, side: Side, rows: int) -> Graph | None:
+        """The smallest graph that holds `rows` on this side; None (and a wish) when there is none."""
+        sizes = self._graphs.get(side)
+        if sizes is None:
+            self._wish(side)
+            return None
+        return next((graph for size, graph in sizes.items() if size >= rows), None)
+
+    def capture_all(self, sides: Sequence[Side]) -> None:
+        """Capture these sides, in order, until the budget is used up. The device must be idle."""
+        for side in sides:
+            self._wish(side)
+        while self.capture_next():
+            pass
+
+    def capture_next(self) -> bool:
+        """Capture one more side that was asked for; whether there was one. Blocks for a while."""
+        if not self._wanted:
+            return False
+        side = self._wanted.pop(0)
+        before, _ = self._backend.memory()
+        # Largest first: its memory is then reused by the smaller ones.
+        graphs = {size: self._capture(side, size) for size in sorted(self._sizes, reverse=True)}
+        self._graphs[side] = dict(sorted(graphs.items()))
+        after, _ = self._backend.memory()
+        self.nbytes += max(before - after, 0)
+        log.debug("graphs of %d SMs took %.0f MiB", side.units, (before - after) / 2**20)
+        return True
+
+    def replay(self, graph: Graph, packed: Packed) -> None:
+        """Launch the step on the current stream. Padding rows go to the scratch slot."""
+        values = self._padding(graph.rows)
+        values[:, : packed.rows] = packed.slots, packed.starts, packed.write
+        self._backend.upload_into(graph.inputs, values.reshape(-1))
+        graph.replay()
+
+    def _padding(self, rows: int) -> np.ndarray:
+        """Inputs of rows that compute nothing of use: int64 [3, rows]."""
+        scratch = self._storage.scratch
+        values = np.empty((3, rows), dtype=np.int64)
+        values[:] = np.array([[scratch], [0], [scratch * self._storage.tokens.shape[1] + 1]])
+        return values
+
+    def _wish(self, side: Side) -> None:
+        known = len(self._graphs) + len(self._wanted)
+        if side not in self._wanted and known < self._most_sides and self.nbytes < self._budget:
+            self._wanted.append(side)
+
+    def _capture(self, side: Side, rows: int) -> Graph:
+        inputs, ids = self._inputs[: 3 * rows], self._ids[:rows]
+        slots, positions, write = inputs.view(3, rows)
+        storage = self._storage
+        step = DeviceStep(
+            slots, positions, storage.tokens, storage.tables, self._no_tiles, self._singles[:rows], None
+        )
+
+        def launch() -> None:
+            with torch.inference_mode():
+                model, units = self._model, lambda: side.units
+                for _ in model.launch(step, self._buffers, storage.kv, self._ops, units):
+                    pass
+                ids.copy_(greedy(self._buffers.logits[:rows]))
+                storage.put(write, ids)
+
+        with torch.inference_mode(), self._backend.on(side):
+            self._backend.upload_into(inputs, self._padding(rows).reshape(-1))
+            launch()  # compiles kernels and makes cuBLAS take its workspace outside the graph
+        return Graph(rows, inputs, ids, self._backend.capture(side, launch))

@@ -1,0 +1,198 @@
+"""From a model folder to a GPU executor: weights, the memory plan, partitions, graphs, warm kernels."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from semipd.core.errors import ConfigError
+from semipd.core.types import Lane
+from semipd.execute.backend import Backend, Side
+from semipd.execute.cuda import LANES, CudaExecutor
+from semipd.execute.cuda_graphs import MOST_SIDES, DecodeGraphs, buckets
+from semipd.execute.cuda_lane import LaneState
+from semipd.execute.cuda_partition import Placement
+from semipd.execute.device_storage import DeviceStorage
+from semipd.model.device_model import DeviceModel, load_device_model
+from semipd.model.ops import TILE, DeviceStep
+from semipd.model.spec import ModelSpec, load_spec
+
+GRAPH_BYTES = 2**30  # what captured graphs may take, kept free for them
+GIB = 2**30
+
+log = logging.getLogger("semipd")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an executor. blocks: of the KV pool, or None for what fits. max_length: most tokens of one
+    sequence; `fixed_length`: refuse rather than lower it. most_rows: positions of one step."""
+
+    slots: int
+    max_length: int
+    block_size: int = 16
+    blocks: int | None = None
+    fixed_length: bool = True
+    most_rows: int = 2304
+    memory_share: float = 0.9
+
+
+@dataclass(frozen=True)
+class Started:
+    """An executor, and the sizes that it has."""
+
+    executor: CudaExecutor
+    blocks: int
+    max_length: int
+
+
+def start_cuda(
+    backend: Backend,
+    folder: str | os.PathLike[str],
+    shape: Shape,
+    *,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    seed: int = 0,
+    depth: int = 2,
+    graph_sides: int = MOST_SIDES,
+) -> Started:
+    """Load the model and put an executor on it; blocks until graphs are captured. graph_sides: splits with
+    captured graphs, 0 for none. Raises ConfigError with what was needed when memory does not suffice."""
+    spec = load_spec(folder)
+    with _memory_errors(backend, spec):
+        model = load_device_model(
+            os.fspath(folder),
+            str(backend.device),
+            positions=shape.max_length,
+            dtype=dtype,
+            load_format=load_format,
+            seed=seed,
+        )
+        batch = buckets(shape.slots)[-1]
+        most_rows = max(shape.most_rows, batch, shape.slots)
+        samples = max(batch, shape.slots)
+        states = [
+            LaneState(
+                lane,
+                model.buffers(most_rows, samples),
+                backend.ops(model, most_rows),
+                spec.layers,
+            )
+            for lane in LANES
+        ]
+        blocks, max_length = _pool(backend, model, shape)
+        storage = DeviceStorage(backend, model, shape.slots, max_length, blocks, shape.block_size)
+        placement = Placement(
+            {lane: backend.whole(lane) for lane in LANES}, backend.partition(), backend.units
+        )
+        decode = next(state for state in states if state.lane is Lane.DECODE)
+        graphs = DecodeGraphs(
+            backend, model, storage, decode.buffers, decode.ops, shape.slots, GRAPH_BYTES, graph_sides
+        )
+        for state in states:
+            _warm(backend, model, storage, state, placement.sides(state.lane))
+        graphs.capture_all(_spread(placement.sides(Lane.DECODE), graph_sides))
+    _announce(backend, placement, blocks * shape.block_size, graphs)
+    executor = CudaExecutor(
+        backend, model, storage, placement, states, graphs, most_rows=most_rows, depth=depth
+    )
+    return Started(executor, blocks, max_length)
+
+
+def _pool(backend: Backend, model: DeviceModel, shape: Shape) -> tuple[int, int]:
+    """(blocks, max_length) of the KV pool. Raises ConfigError with what is needed and what there is."""
+    spec, size = model.spec, shape.block_size
+    block_bytes = spec.kv_bytes_per_token(model.dtype.itemsize) * size
+    free, total = backend.memory()
+    tables = DeviceStorage.table_bytes(shape.slots, shape.max_length, size)
+    usable = int(free - (1.0 - shape.memory_share) * total - GRAPH_BYTES - tables)
+    fitting = max(usable // block_bytes - 1, 0)
+    needed = shape.blocks if shape.blocks is not None else -(-shape.max_length // size)
+    blocks = shape.blocks if shape.blocks is not None else fitting
+    if shape.blocks is None and not shape.fixed_length and size <= fitting * size < shape.max_length:
+        log.info("sequences are limited to %d tokens by the GPU's free memory", fitting * size)
+        return fitting, fitting * size
+    if needed > fitting:
+        raise ConfigError(
+            f"out of GPU memory: the KV pool needs {(needed + 1) * block_bytes / GIB:.2f} GiB for "
+            f"{needed * size} tokens, and {max(usable, 0) / GIB:.2f} GiB of {total / GIB:.1f} are left beside "
+            f"weights, buffers and graphs; lower --max-model-len or --kv-blocks, or raise "
+            f"--gpu-memory-share (now {shape.memory_share:g})"
+        )
+    return blocks, min(shape.max_length, blocks * size)
+
+
+@contextmanager
+def _memory_errors(backend: Backend, spec: ModelSpec) -> Iterator[None]:
+    """Turn the allocator's error into one line that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = backend.memory()
+        raise ConfigError(
+            f"out of GPU memory: the weights take {spec.weight_bytes() / GIB:.2f} GiB at 2 bytes each, and "
+            f"{free / GIB:.2f} of {total / GIB:.1f} GiB are free; lower --max-num-seqs or --max-model-len, "
+            "or use a smaller model"
+        ) from error
+
+
+def _warm(
+    backend: Backend, model: DeviceModel, storage: DeviceStorage, state: LaneState, sides: tuple[Side, ...]
+) -> None:
+    """Run every kind of step once on scratch, so that no request waits for a compiler; then each stream
+    once, so that cuBLAS has its workspace there."""
+    rows = TILE + 4
+    longest = min(rows, storage.table.max_length)
+    kinds = [(0, longest)] if longest > 1 else []
+    singles = 1
+    while singles <= min(storage.table.slots, state.buffers.logits.shape[0]):
+        kinds.append((singles, 0))
+        singles *= 2
+    work = [(sides[0], *kind) for kind in kinds] + [(side, 1, 0) for side in sides[1:]]
+    for side, alone, tiled in work:
+        with torch.inference_mode(), backend.on(side):
+            step = _scratch_step(backend, storage, alone, min(tiled, TILE))
+            for _ in model.launch(step, state.buffers, storage.kv, state.ops, lambda side=side: side.units):
+                pass
+        event = backend.record(side)
+        while not event.done():
+            backend.rest(threading.Event(), 1e-3)
+
+
+def _scratch_step(backend: Backend, storage: DeviceStorage, alone: int, tiled: int) -> DeviceStep:
+    """`alone` single rows and a tile of `tiled` rows, all of the scratch slot."""
+    rows = alone + tiled
+    positions = np.concatenate((np.zeros(alone, np.int64), np.arange(tiled)))
+    tiles = np.array([[storage.scratch, 0, alone, tiled]] if tiled else [], np.int64).reshape(-1, 4)
+    return DeviceStep(
+        backend.upload(np.full(rows, storage.scratch)),
+        backend.upload(positions),
+        storage.tokens,
+        storage.tables,
+        backend.upload(tiles),
+        backend.upload(np.arange(alone)),
+        backend.upload(np.arange(1)) if tiled else None,
+    )
+
+
+def _spread(sides: tuple[Side, ...], count: int) -> list[Side]:
+    """The whole device and up to count - 1 partitions, evenly over their sizes."""
+    if count < 1:
+        return []
+    parts, wanted = sides[1:], min(count - 1, len(sides) - 1)
+    step = len(parts) / wanted if wanted else 0.0
+    return [sides[0], *(parts[int((index + 0.5) * step)] for index in range(wanted))]
+
+
+def _announce(backend: Backend, placement: Placement, tokens: int, graphs: DecodeGraphs) -> None:
+    splits = ", ".join(f"{prefill}:{decode}" for prefill, decode in placement.legal_splits)
+    log.info("%s: %d SMs, splits %s", backend.name, backend.units, splits or "none (both lanes share)")
+    log.info("KV pool of %d tokens; graphs take %.0f MiB", tokens, graphs.nbytes / 2**20)
