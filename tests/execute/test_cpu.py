@@ -144,7 +144,7 @@ def test_weights_are_in_memory_once(wide: Path, checkpoint: Path) -> None:
         driver.run(Lane.DECODE, Slice(2, 0, 13))
         taken.append(private_bytes(executor))
         executor.close()
-    assert 0.9 * WIDE_BYTES < taken[0] - taken[1] < 1.4 * WIDE_BYTES
+    assert 0.7 * WIDE_BYTES < taken[0] - taken[1] < 1.6 * WIDE_BYTES  # two copies would be 2, three 3
 
 
 def private_bytes(executor: CpuExecutor) -> int:
