@@ -16,6 +16,7 @@ they do not; a predicted TTFT miss is bought off with decode's slack; and when b
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Request, Slice, Split, Stepped, Work
 
-MISS = 30.0  # seconds of latency that one missed target is worth
+MISS = 2.0  # seconds of latency that one missed target is worth
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 AGEING = 0.02  # seconds of prefill that one second of waiting makes up for
 LOST = 2.0  # seconds of prefill that a prompt goes back when its target cannot be met any more
@@ -98,7 +99,8 @@ class Auto:
         self._lengths = LengthPredictor()
         self._corrections = {lane: _Correction() for lane in Lane}
         self._predicted: dict[int, float] = {}
-        self._running: dict[Lane, tuple[Work, Split]] = {}
+        self._running: dict[Lane, tuple[Work, Split, float, float]] = {}
+        self._step_left = 1.0
         self._tables: dict[tuple[int, ...], list[Way]] = {}
         self._prompt_seconds: dict[Request, float] = {}
         self._groups: list[Group] = []
@@ -113,10 +115,9 @@ class Auto:
             beside = next((v for k, v in self._running.items() if k is not event.lane), None)
             other = beside[0] if beside else None
             units = sum(event.split.units.values()) - event.split.of(event.lane) if beside else 0
-            self._predicted[event.batch.step] = self._cost.seconds(
-                event.work, max(event.split.of(event.lane), 1), other, units
-            )
-            self._running[event.lane] = (event.work, event.split)
+            seconds = self._cost.seconds(event.work, max(event.split.of(event.lane), 1), other, units)
+            self._predicted[event.batch.step] = seconds
+            self._running[event.lane] = (event.work, event.split, event.now, seconds)
         elif isinstance(event, Stepped):
             result = event.result
             self._running.pop(result.lane, None)
@@ -129,6 +130,7 @@ class Auto:
     # -- planning ----------------------------------------------------------------------------------
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
+        self._step_left = self._prefill_left(now)
         prompts = self._prompts(live, now)
         pressing = bool(prompts) or live.busy(Lane.PREFILL)
         if not pressing or not live.decoding:
@@ -175,11 +177,9 @@ class Auto:
         """The way with the least score."""
         table = self._table(live)
         groups = self._streams(live, now)
-        alone = min(way.step for way in table)
+        alone = table[-1].step
         best, least = table[0], math.inf
         for way in table:
-            if way.chunk and live.busy(Lane.PREFILL):
-                continue  # its prompts are in flight on the other lane
             score = self._score(way, prompts, groups, alone)
             if way.name == self._present:
                 score -= STICK * abs(score)
@@ -236,6 +236,15 @@ class Auto:
         self._whole_prompt = max(0.25 * total / len(found), 1e-3)
         return found
 
+    def _prefill_left(self, now: float) -> float:
+        """Share of the running prefill step that is still to do, as predicted; never quite nothing."""
+        running = self._running.get(Lane.PREFILL)
+        if running is None:
+            return 1.0
+        _, _, launched, seconds = running
+        seconds *= self._corrections[Lane.PREFILL].factor
+        return max(1.0 - (now - launched) / seconds, 0.05) if seconds > 0.0 else 0.05
+
     def _order(self, now: float) -> _Order:
         return _Order(self, now)
 
@@ -275,30 +284,46 @@ class Auto:
             work = Work.of((Slice(0, 0, known),))
             whole = self._cost.seconds(work, self._device.units)
             self._prompt_seconds[request] = whole
-        left = (known - request.planned) / known if request.planned < known else 0.0
+        # Of what is in flight, the part counts that its step has still before it.
+        in_flight = (request.planned - request.computed) * self._step_left
+        left = (max(known - request.planned, 0) + in_flight) / known
         return whole * left * self._corrections[Lane.PREFILL].factor
 
     # -- the table of ways -------------------------------------------------------------------------
 
     def _table(self, live: Live) -> list[Way]:
-        """Ways that no other one beats in both rate and step, for work like the present one.
+        """Ways that can be taken now and that no other one beats in both rate and step.
 
         Kept by rounded features, so that the cost model is asked only when the work has changed."""
         context = sum(request.planned for request in live.decoding)
-        head = next(iter(live.prefilling), None) or (live.waiting[0] if live.waiting else None)
-        tokens = min(head.known - head.planned, self._limits.prefill_tokens) if head else 256
-        start = head.planned if head else 0
+        prefilling, decoding = live.busy(Lane.PREFILL), live.busy(Lane.DECODE)
+        start, tokens = self._next_prompt(live)
         corrections = [round(8 * self._corrections[lane].log_ratio) for lane in (Lane.PREFILL, Lane.DECODE)]
-        key = (_round(len(live.decoding)), _round(context), _round(tokens), _round(start), *corrections)
+        features = (_round(len(live.decoding)), _round(context), _round(tokens), _round(start))
+        key = (*features, prefilling, decoding, *corrections)
         table = self._tables.get(key)
         if table is None:
             if len(self._tables) > 2048:
                 self._tables.clear()
             decode = Work.decode(len(live.decoding), context)
-            table = self._tables[key] = self._make_table(decode, start, max(tokens, 16))
+            ways = self._ways(decode, start, max(tokens, 16))
+            # A lane with a step in flight must not be left without units.
+            ways = [way for way in ways if way.prefill >= prefilling and way.decode >= decoding]
+            table = self._tables[key] = _frontier(ways)
         return table
 
-    def _make_table(self, decode: Work, start: int, tokens: int) -> list[Way]:
+    def _next_prompt(self, live: Live) -> tuple[int, int]:
+        """(start, tokens) of the prefill step that runs or would come next."""
+        most = self._limits.prefill_tokens
+        if flights := live.flights[Lane.PREFILL]:
+            _, start, count, _ = flights[0].batch.slices[0]
+            return start, count
+        for request in live.prefilling:
+            if request.planned < request.known:
+                return request.planned, min(request.known - request.planned, most)
+        return 0, min(sum(request.known for request in itertools.islice(live.waiting, 4)), most)
+
+    def _ways(self, decode: Work, start: int, tokens: int) -> list[Way]:
         units = self._device.units
         prompt = Work.of((Slice(0, start, tokens),))
         slow_first, slow_next = (self._corrections[lane].factor for lane in (Lane.PREFILL, Lane.DECODE))
@@ -315,12 +340,7 @@ class Auto:
                 mixed = decode + Work.of((Slice(0, start, min(size, tokens)),))
                 step = self._cost.seconds(mixed, units) * slow_next
                 ways.append(Way(0, units, chunk, min(size, tokens) / step * whole / tokens, step))
-        ways.sort(key=lambda way: (-way.rate, way.step))
-        kept: list[Way] = []
-        for way in ways:
-            if not kept or way.step < kept[-1].step:
-                kept.append(way)
-        return kept
+        return ways
 
     def _lone_prefill(self) -> Way:
         return Way(self._device.units, self._device.units, 0, 1.0, 0.0)
@@ -339,6 +359,14 @@ class _Order:
         own = auto._seconds_of(request)
         lost = request.first_token_at < 0 and age + own > auto._targets_of(request).ttft
         return own - AGEING * age + (LOST if lost else 0.0)
+
+
+def _frontier(ways: list[Way]) -> list[Way]:
+    kept: list[Way] = []
+    for way in sorted(ways, key=lambda way: (-way.rate, way.step)):
+        if not kept or way.step < kept[-1].step:
+            kept.append(way)
+    return kept
 
 
 def _miss(seconds: float, limit: float) -> float:
