@@ -22,9 +22,9 @@ from semipd.model.ops import Ops
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """A stream and the SMs that its kernels run on. units: as granted, not as asked for. sms: their hardware
-    numbers where they were measured, else None. pair: which partition it is a side of; -1: the whole
-    device."""
+    """A stream and the SMs that its kernels run on. units: as granted, not as asked for. sms: their
+    hardware numbers where they were measured, else None. pair: which partition it is a side of; -1: the
+    whole device."""
 
     stream: Any
     units: int

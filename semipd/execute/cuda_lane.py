@@ -1,4 +1,4 @@
-"""One lane of the GPU executor: its queue of batches, what it has launched, how much it launches at once."""
+"""One lane of the GPU executor: its queue of batches, what it has launched, how much at a time."""
 
 from __future__ import annotations
 

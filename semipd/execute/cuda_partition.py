@@ -1,4 +1,4 @@
-"""Where a lane's next launch goes: the table of splits, and the rule that shares do not overlap by accident.
+"""Where a lane's next launch goes: the table of splits, and the rule that shares overlap only on purpose.
 
 A lane may launch on a side while the other lane's unfinished work is on a side with other SMs. When the
 split changes, the lane that shrinks moves at its next launch (waiting, on the device, for what it would

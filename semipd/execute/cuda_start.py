@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def start_cuda(
 ) -> Started:
     """Load the model and put an executor on it; blocks until graphs are captured. graph_sides: splits with
     captured graphs, 0 for none. Raises ConfigError with what was needed when memory does not suffice."""
-    spec = load_spec(folder)
+    spec = load_spec(os.fspath(folder))
     with _memory_errors(backend, spec):
         model = load_device_model(
             os.fspath(folder),
@@ -123,8 +124,8 @@ def _pool(backend: Backend, model: DeviceModel, shape: Shape) -> tuple[int, int]
     if needed > fitting:
         raise ConfigError(
             f"out of GPU memory: the KV pool needs {(needed + 1) * block_bytes / GIB:.2f} GiB for "
-            f"{needed * size} tokens, and {max(usable, 0) / GIB:.2f} GiB of {total / GIB:.1f} are left beside "
-            f"weights, buffers and graphs; lower --max-model-len or --kv-blocks, or raise "
+            f"{needed * size} tokens, and {max(usable, 0) / GIB:.2f} GiB of {total / GIB:.1f} are left "
+            f"beside weights, buffers and graphs; lower --max-model-len or --kv-blocks, or raise "
             f"--gpu-memory-share (now {shape.memory_share:g})"
         )
     return blocks, min(shape.max_length, blocks * size)
@@ -160,7 +161,8 @@ def _warm(
     for side, alone, tiled in work:
         with torch.inference_mode(), backend.on(side):
             step = _scratch_step(backend, storage, alone, min(tiled, TILE))
-            for _ in model.launch(step, state.buffers, storage.kv, state.ops, lambda side=side: side.units):
+            units = partial(getattr, side, "units")
+            for _ in model.launch(step, state.buffers, storage.kv, state.ops, units):
                 pass
         event = backend.record(side)
         while not event.done():

@@ -219,8 +219,8 @@ class DeviceStorage:
 
 
 def _tiles(slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Runs of at most TILE rows of the slices that have several, those with the longest context first, since
-    they take longest: int64 [n, 4]."""
+    """Runs of at most TILE rows of the slices that have several, those with the longest context first,
+    since they take longest: int64 [n, 4]."""
     tiles = [
         (slot, start + offset, row + offset, min(TILE, count - offset))
         for slot, start, count, row in zip(

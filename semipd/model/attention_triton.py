@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Triton kernels of attention over the paged KV pool. `ops.PlainOps.attend` is their twin.
 
 A layer of the pool is [2 (keys, values), blocks, kv_heads, block_size, dim]. Position p of a slot lies in

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Triton kernels between a decoder's matrix products, other than attention. `ops.PlainOps` is their twin.
 
 Pointers advance by element counts that the launchers pass; every row is contiguous.

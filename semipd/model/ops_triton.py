@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """`ops.Ops` by Triton kernels: shapes and grids. Import only where Triton works, on a GPU or
 interpreted."""
 

@@ -81,8 +81,8 @@ class SpendingOps(PlainOps):
 
 @dataclass
 class FakeBackend:
-    """Implements `execute.backend.Backend`. Faults: `poison` is raised by the next upload, `broken` by every
-    event."""
+    """Implements `execute.backend.Backend`. Faults: `poison` is raised by the next upload, `broken` by
+    every event."""
 
     name: str = "fake GPU"
     units: int = UNITS

@@ -14,7 +14,7 @@ from semipd.core.ports import Executor
 from semipd.execute.cuda import CudaExecutor
 from semipd.execute.cuda_start import Shape, start_cuda
 from tests.checkpoints import VOCABULARY, make_checkpoint
-from tests.execute.conformance import Driver, ExecutorConformance, Harness
+from tests.execute.conformance import ExecutorConformance, Harness
 from tests.execute.fake_cuda import FakeBackend
 
 

@@ -1,0 +1,196 @@
+"""`backend.Backend` on an NVIDIA GPU, through torch; partitions through `cuda_driver`."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from semipd.core.errors import ConfigError
+from semipd.core.types import Lane
+from semipd.execute.backend import Pair, Side
+from semipd.execute.cuda_driver import CannotPartition, GreenContexts
+from semipd.model.device_model import DeviceModel
+from semipd.model.ops import Ops
+
+PROGRAMS_PER_SM = 32  # of the kernel that finds out which SMs a stream has
+
+log = logging.getLogger("semipd")
+
+
+@dataclass(frozen=True)
+class CudaEvent:
+    """A recorded torch event with timing."""
+
+    event: torch.cuda.Event
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def seconds_since(self, earlier: CudaEvent) -> float:
+        return float(earlier.event.elapsed_time(self.event)) / 1e3
+
+
+@dataclass(frozen=True)
+class CudaReading:
+    """A pinned copy that an asynchronous transfer fills."""
+
+    host: torch.Tensor
+
+    def values(self) -> np.ndarray:
+        array: np.ndarray = self.host.numpy()
+        return array
+
+
+class CudaBackend:
+    """GPU number `ordinal` of those that this process sees. Raises ConfigError when it cannot be used."""
+
+    def __init__(self, ordinal: int = 0, partitioned: bool = True) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "torch sees no CUDA device here; use --device cpu, or install torch with CUDA"
+            )
+        if ordinal >= torch.cuda.device_count():
+            raise ConfigError(f"there is no GPU number {ordinal}")
+        try:
+            torch.cuda.set_device(ordinal)
+            torch.zeros(1, device="cuda")  # creates the primary context, before any green one
+        except RuntimeError as error:
+            raise ConfigError(f"GPU {ordinal} cannot be used: {str(error).splitlines()[0]}") from error
+        properties = torch.cuda.get_device_properties(ordinal)
+        self.name: str = properties.name
+        self.units: int = properties.multi_processor_count
+        self.device = torch.device("cuda", ordinal)
+        self._partitioned = partitioned
+        self._contexts: GreenContexts | None = None
+        self._graph_pool = torch.cuda.graph_pool_handle()
+        # bf16 sums of a split matrix product are kept in float32, so that prompts and chunks agree better.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+    def whole(self, lane: Lane) -> Side:
+        priority = -1 if lane is Lane.DECODE else 0
+        return Side(torch.cuda.Stream(device=self.device, priority=priority), self.units)
+
+    def partition(self) -> list[Pair]:
+        if not self._partitioned:
+            return []
+        try:
+            self._contexts = GreenContexts(self.device.index)
+            pairs = self._pairs(self._contexts)
+        except CannotPartition as error:
+            log.warning("the GPU cannot be partitioned, both lanes share it with priorities: %s", error)
+            return []
+        for pair in pairs:
+            log.debug("partition: prefill %d SMs, decode %d", pair.prefill.units, pair.decode.units)
+        return pairs
+
+    def _pairs(self, contexts: GreenContexts) -> list[Pair]:
+        """One split per legal size of decode's side; those where the driver granted another size once."""
+        sizes = contexts.granularity()
+        pairs: dict[int, Pair] = {}
+        for wanted in range(sizes.smallest, sizes.total - sizes.smallest + 1, sizes.step):
+            small, rest = contexts.pair(wanted)
+            index = len(pairs)
+            sides = [
+                Side(torch.cuda.ExternalStream(made.stream, device=self.device), made.units, index)
+                for made in (rest, small)
+            ]
+            if small.units not in pairs:
+                pairs[small.units] = Pair(*(replace(side, sms=self._sms(side)) for side in sides))
+        return list(pairs.values())
+
+    def _sms(self, side: Side) -> frozenset[int] | None:
+        """The SMs of a side, or None when as many as granted were not seen."""
+        # Here, since Triton is not installed beside a CPU's torch.
+        from semipd.execute.smid import launch_smid
+
+        with torch.cuda.stream(side.stream):
+            out = torch.empty(2 * PROGRAMS_PER_SM * self.units, dtype=torch.int32, device=self.device)
+            launch_smid(out)
+        side.stream.synchronize()
+        seen = frozenset(out[: out.shape[0] // 2].tolist())
+        if len(seen) == side.units:
+            return seen
+        log.warning("a partition of %d SMs ran on %d: it is taken to overlap", side.units, len(seen))
+        return None
+
+    def on(self, side: Side) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = torch.cuda.stream(side.stream)
+        return context
+
+    def record(self, side: Side) -> CudaEvent:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(side.stream)
+        return CudaEvent(event)
+
+    def wait(self, side: Side, event: CudaEvent) -> None:
+        side.stream.wait_event(event.event)
+
+    def upload(self, values: np.ndarray) -> torch.Tensor:
+        # Pinned memory comes from torch's cache, which keeps it until the copy is done.
+        return (
+            torch.from_numpy(np.ascontiguousarray(values)).pin_memory().to(self.device, non_blocking=True)
+        )
+
+    def upload_into(self, target: torch.Tensor, values: np.ndarray) -> None:
+        target.copy_(torch.from_numpy(np.ascontiguousarray(values)).pin_memory(), non_blocking=True)
+
+    def read(self, source: torch.Tensor) -> CudaReading:
+        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        host.copy_(source, non_blocking=True)
+        return CudaReading(host)
+
+    def capture(self, side: Side, launch: Callable[[], None]) -> Callable[[], None]:
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread launches here, but others of the process may use torch.
+        with torch.cuda.graph(
+            graph, pool=self._graph_pool, stream=side.stream, capture_error_mode="thread_local"
+        ):
+            launch()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def ops(self, model: DeviceModel, rows: int) -> Ops:
+        # Here, since Triton is not installed beside a CPU's torch.
+        from semipd.model.ops_triton import TritonOps
+
+        return TritonOps(self.device, rows, model.heads, self.units)
+
+    def memory(self) -> tuple[int, int]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(free), int(total)
+
+    def lost(self, error: BaseException) -> str | None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return None
+        try:
+            torch.cuda.synchronize(self.device)  # a sticky error comes back from every call
+        except RuntimeError as sticky:
+            return f"the GPU's context is lost: {str(sticky).splitlines()[0]}"
+        return None
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def rest(self, woken: threading.Event, seconds: float | None) -> None:
+        woken.wait(seconds)
+
+    def close(self) -> None:
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return  # the context is gone, and with it all that could be given back
+        if self._contexts is not None:
+            self._contexts.close()
+            self._contexts = None
