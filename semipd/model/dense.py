@@ -11,6 +11,7 @@ import torch.nn.functional as functional
 
 from semipd.core.errors import ConfigError
 from semipd.model.attention import AttentionPlan, Pool, Ragged, attend, plan_attention, write_kv
+from semipd.model.compiled import compiled_kind
 from semipd.model.kernels import Kernels, can_attend, load_kernels
 from semipd.model.layers import PLAIN, Compute, Kind, choose_kind, pad_rows, padded_rows, rms_norm
 from semipd.model.rope import rope_frequencies, rope_tables, rotate
@@ -170,12 +171,8 @@ def load_model(
     else:
         raise ConfigError(f"load format {load_format!r} is not one of auto, dummy")
     with torch.inference_mode():
-        return _build(
-            spec,
-            weights,
-            choose_kind(weights.dtype) if pack else PLAIN,
-            load_kernels() if kernels else None,
-        )
+        kind, compiled = choose_kind(weights.dtype) if pack else PLAIN, load_kernels() if kernels else None
+        return _build(spec, weights, compiled_kind(compiled, weights.dtype, kind), compiled)
 
 
 def _build(spec: ModelSpec, weights: Weights, kind: Kind, kernels: Kernels | None) -> DenseModel:

@@ -43,7 +43,7 @@ def load_kernels(most: int = AMX) -> Kernels | None:
         return None
     try:
         library = _open(Path(found.origin))
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # AttributeError: built from another version of the sources
         logger.warning("the compiled kernels cannot be loaded, using torch alone: %s", error)
         return None
     return Kernels(library, min(most, library.semipd_level()))
@@ -57,7 +57,19 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_level.restype = ctypes.c_int
     library.semipd_decode_attention.argtypes = [_POINTER] * 4
     library.semipd_decode_attention.restype = None
+    library.semipd_linear.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG]
+    library.semipd_linear.restype = None
     return library
+
+
+class LinearShape(ctypes.Structure):
+    """`Linear` of csrc/linear.h."""
+
+    _fields_ = (
+        *((name, _LONG) for name in ("inputs", "outputs", "pairs", "gated")),
+        ("weight", _POINTER),
+        ("bias", _POINTER),
+    )
 
 
 class _DecodePlan(ctypes.Structure):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from semipd.core.types import Slice
 from semipd.model.attention import Pool, Ragged, attend, attend_plainly, plan_attention
-from semipd.model.kernels import AMX, Kernels, load_kernels
+from semipd.model.compiled import CompiledGated, CompiledLinear, compiled_kind
+from semipd.model.dense import load_model
+from semipd.model.kernels import AMX, AVX512, Kernels, load_kernels
+from semipd.model.layers import PLAIN, PlainGated, PlainLinear
+from tests.checkpoints import make_checkpoint
+from tests.model.stepping import Bench
 
-BLOCKS = 600
 BEST = load_kernels()
+tiles_needed = pytest.mark.skipif(BEST is None or BEST.level < AMX, reason="needs AMX")
 
 pytestmark = pytest.mark.skipif(BEST is None, reason="the kernels were not built")
 
@@ -103,3 +111,88 @@ def test_decode_attention_ignores_what_it_may_not_see() -> None:
     layer[:, int(step.tables[0, 500 // 16]), :, 500 % 16 + 1 :] = torch.nan
     layer[:, torch.from_numpy(step.tables[0, : 401 // 16].astype(np.int64))] = torch.nan
     assert torch.equal(attend(q, layer, plan), clean)
+
+
+LAYERS = [(1, 32), (100, 96), (96, 2080), (333, 64)]  # outputs, inputs; 2080 is more than one block deep
+
+
+def parameters(outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    return weight.bfloat16(), torch.randn(outputs, generator=generator).bfloat16()
+
+
+def inputs_of(rows: int, width: int) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@tiles_needed
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_linears(shape: tuple[int, int], biased: bool) -> None:
+    gate, bias = parameters(*shape)
+    up, up_bias = parameters(*shape, seed=1)
+    biases = (bias, up_bias) if biased else (None, None)
+    linear, gated = (
+        CompiledLinear(best(), gate, biases[0]),
+        CompiledGated(best(), gate, biases[0], up, biases[1]),
+    )
+    wide = [None if one is None else one.double() for one in biases]
+    exact_linear = PlainLinear(gate.double(), wide[0])
+    exact_gated = PlainGated(gate.double(), wide[0], up.double(), wide[1])
+    for rows in (1, 7, 16, 17, 32, 63, 130, 600):
+        x = inputs_of(rows, shape[1])
+        close = {"rtol": 2**-7, "atol": 1e-2}
+        torch.testing.assert_close(linear(x).double(), exact_linear(x.double()), **close)
+        torch.testing.assert_close(gated(x).double(), exact_gated(x.double()), **close)
+
+
+@tiles_needed
+def test_a_linear_gives_a_row_the_same_bits_in_any_company_and_with_any_threads() -> None:
+    x = inputs_of(600, 2080)
+    gate, up = parameters(200, 2080)[0], parameters(200, 2080, 1)[0]
+    for layer in (CompiledLinear(best(), gate, None), CompiledGated(best(), gate, None, up, None)):
+        whole = layer(x)
+        for rows in (1, 2, 16, 33, 64, 65, 200):
+            assert torch.equal(layer(x[:rows]), whole[:rows]), rows
+        assert torch.equal(layer(x[599:]), whole[599:])
+        torch.set_num_threads(2)
+        assert torch.equal(layer(x), whole)
+        torch.set_num_threads(1)
+
+
+def test_linears_take_rows_of_a_wider_matrix() -> None:
+    weight, _ = parameters(40, 64)
+    x = inputs_of(5, 200)[:, 20:84]
+    kind = compiled_kind(BEST, torch.bfloat16, PLAIN)
+    torch.testing.assert_close(
+        kind.linear(weight, None)(x), PlainLinear(weight, None)(x), rtol=2**-7, atol=1e-2
+    )
+
+
+def test_where_kernels_do_not_apply_the_other_linears_are_used() -> None:
+    weight, _ = parameters(40, 48)
+    assert compiled_kind(None, torch.bfloat16, PLAIN) is PLAIN
+    assert compiled_kind(best(), torch.float32, PLAIN) is PLAIN
+    assert compiled_kind(load_kernels(AVX512), torch.bfloat16, PLAIN) is PLAIN
+    assert isinstance(compiled_kind(BEST, torch.bfloat16, PLAIN).linear(weight, None), PlainLinear)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_a_model_with_kernels_agrees_with_one_without(family: str, dtype: str, tmp_path: Path) -> None:
+    window = {"mistral": {"sliding_window": 37}}.get(family, {})
+    folder = make_checkpoint(tmp_path, family, hidden_size=64, intermediate_size=96, **window)
+    tokens = np.random.default_rng(0).integers(0, 320, 300).tolist()
+    logits = []
+    for kernels in (True, False):
+        bench = Bench(load_model(folder, dtype=dtype, kernels=kernels))
+        rows = []
+        bench.open(0, tokens)
+        for start, count in ((0, 100), (100, 1), (101, 1), (102, 150), (252, 1)):
+            bench.table.tokens[0, : len(tokens)] = tokens  # sampling writes over what follows a slice
+            bench.run(Slice(0, start, count))
+            rows.append(bench.recorder.logits)
+        logits.append(torch.cat(rows))
+    close = 1e-4 if dtype == "float32" else 0.05 * float(logits[1].std())
+    assert float((logits[0] - logits[1]).square().mean().sqrt()) < close
