@@ -32,10 +32,10 @@ from semipd.core.types import Device, Event, Lane, Launched, Plan, Request, Slic
 
 MISS = 2.0  # seconds of latency that one missed target is worth
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
-AGEING = 0.02  # seconds of prefill that one second of waiting makes up for
-LOST = 2.0  # seconds of prefill that a prompt goes back when its target cannot be met any more
+AGEING = 0.1  # seconds of prefill that one second of waiting makes up for
 FORESEEN = 24  # prompts looked at one by one
 STREAM_GROUPS = 6  # decoding requests are scored in this many groups
+MEMORY = 10.0  # seconds over which the arriving load is averaged
 STALE = 6  # plans for which the groups may stay as they are
 LEARNING = 0.05  # weight of the newest step in the correction of the cost model
 STICK = 0.02  # a way must be this much better, in parts, than the present one
@@ -81,6 +81,21 @@ class _Correction:
         return math.exp(self.log_ratio)
 
 
+@dataclass
+class _Arriving:
+    """Prompts per second and their whole-device seconds of prefill per second, averaged over MEMORY."""
+
+    rate: float = 0.0
+    load: float = 0.0
+    at: float = 0.0
+
+    def add(self, now: float, seconds: float) -> None:
+        decay = math.exp(-max(now - self.at, 0.0) / MEMORY)
+        self.rate = self.rate * decay + 1.0 / MEMORY
+        self.load = self.load * decay + seconds / MEMORY
+        self.at = max(now, self.at)
+
+
 class Auto:
     """A policy and an observer. targets: by service class; "default" must be there.
 
@@ -107,6 +122,7 @@ class Auto:
         self._groups_age = (-1, 0)
         self._present: tuple[int, int, int] | None = None
         self._whole_prompt = 1.0
+        self._arriving = _Arriving()
 
     # -- observing ---------------------------------------------------------------------------------
 
@@ -180,7 +196,7 @@ class Auto:
         alone = table[-1].step
         best, least = table[0], math.inf
         for way in table:
-            score = self._score(way, prompts, groups, alone)
+            score = self._score(way, prompts, groups, alone, self._arriving)
             if way.name == self._present:
                 score -= STICK * abs(score)
             elif self._device.switch_seconds:
@@ -191,10 +207,18 @@ class Auto:
         return best
 
     @staticmethod
-    def _score(way: Way, prompts: list[tuple[float, float]], groups: list[Group], alone: float) -> float:
+    def _score(
+        way: Way,
+        prompts: list[tuple[float, float]],
+        groups: list[Group],
+        alone: float,
+        arriving: _Arriving,
+    ) -> float:
         """Seconds until everybody's last token, and MISS for every expected miss.
 
-        prompts: (seconds of prefill on the whole device until its first token, seconds left for it)."""
+        prompts: (seconds of prefill on the whole device until its first token, seconds left for it).
+        The prompts that will arrive before the present ones are done wait as well, and lengthen the busy
+        period as in an M/G/1 queue: work / (rate - load)."""
         total = misses = 0.0
         if way.rate > 0.0:
             slowness, wait = 1.0 / way.rate, 0.0
@@ -204,7 +228,9 @@ class Auto:
             first = wait + work * slowness
             total += first
             misses += _miss(first, left)
-        busy = wait + prompts[-1][0] * slowness if prompts else 0.0
+        backlog = prompts[-1][0] if prompts else 0.0
+        busy = wait + backlog / max((way.rate or 1.0) - arriving.load, 0.05)
+        total += arriving.rate * busy * 0.5 * (wait + backlog * slowness)
         for size, remaining, allowance in groups:
             last = remaining * way.step
             if last > busy:  # the rest goes on without prompts
@@ -284,6 +310,7 @@ class Auto:
             work = Work.of((Slice(0, 0, known),))
             whole = self._cost.seconds(work, self._device.units)
             self._prompt_seconds[request] = whole
+            self._arriving.add(request.arrival, whole)
         # Of what is in flight, the part counts that its step has still before it.
         in_flight = (request.planned - request.computed) * self._step_left
         left = (max(known - request.planned, 0) + in_flight) / known
@@ -347,7 +374,7 @@ class Auto:
 
 
 class _Order:
-    """Shortest remaining prompt first; waiting makes up for length, and a lost target for nothing."""
+    """Shortest remaining prompt first; waiting makes up for length."""
 
     __slots__ = ("_auto", "_now")
 
@@ -355,10 +382,7 @@ class _Order:
         self._auto, self._now = auto, now
 
     def __call__(self, request: Request) -> float:
-        auto, age = self._auto, self._now - request.arrival
-        own = auto._seconds_of(request)
-        lost = request.first_token_at < 0 and age + own > auto._targets_of(request).ttft
-        return own - AGEING * age + (LOST if lost else 0.0)
+        return self._auto._seconds_of(request) - AGEING * (self._now - request.arrival)
 
 
 def _frontier(ways: list[Way]) -> list[Way]:
