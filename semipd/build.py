@@ -22,12 +22,12 @@ from semipd.core.errors import ConfigError
 from semipd.core.kv import BlockPool
 from semipd.core.partition import Paper, Shared, Static, Targets
 from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
-from semipd.core.ports import CostModel, Observer, Policy
+from semipd.core.ports import CostModel, Executor, Observer, Policy
 from semipd.core.types import Device, Lane, Split
+from semipd.execute.choose import has_gpu
 from semipd.execute.clock import MonotonicClock
 from semipd.execute.cores import available_cores
 from semipd.execute.cost import StepCost, kv_capacity
-from semipd.execute.cpu import CpuExecutor, cpu_device
 from semipd.execute.device_file import load_device
 from semipd.execute.sim import Isolated, SimExecutor, VirtualClock
 from semipd.model.catalogue import CATALOGUE, named_spec
@@ -45,15 +45,17 @@ log = logging.getLogger("semipd")
 class Resolved:
     """What a Config means for one model on this machine.
 
-    blocks: KV blocks in the pool. max_length: most tokens of one sequence. cores: CPU ids to use.
+    device: cpu or cuda. blocks: KV blocks in the pool; None on a GPU means what fits beside the weights.
+    max_length: most tokens of one sequence, or on a GPU what is asked for. cores: CPU ids to use.
     """
 
     config: Config
     folder: Path
     spec: ModelSpec
     name: str
+    device: str
     dtype: str
-    blocks: int
+    blocks: int | None
     max_length: int
     cores: tuple[int, ...]
 
@@ -68,10 +70,19 @@ def resolve(config: Config) -> Resolved:
     spec = load_spec(folder)
     dtype = _dtype(config.model.dtype, spec)
     cores = available_cores()
-    make_policy(config.policy, cpu_device(len(cores)))  # what cannot work is refused before loading
-    blocks, max_length = _pool(config, spec, dtype)
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if has_gpu() else "cpu"
+    blocks: int | None
+    if device == "cuda":
+        blocks, max_length = _stated_pool(config, spec, dtype)
+    else:
+        from semipd.execute.cpu import cpu_device
+
+        make_policy(config.policy, cpu_device(len(cores)))  # what cannot work is refused before loading
+        blocks, max_length = _pool(config, spec, dtype)
     name = config.server.served_model_name or config.model.model or folder.name
-    return Resolved(config, folder, spec, name, dtype, blocks, max_length, cores)
+    return Resolved(config, folder, spec, name, device, dtype, blocks, max_length, cores)
 
 
 def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) -> Engine:
@@ -79,28 +90,68 @@ def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) 
     executor's processes end with it. The caller closes `engine.executor`."""
     resolved = config if isinstance(config, Resolved) else resolve(config)
     settings = resolved.config
-    executor = CpuExecutor(
-        resolved.folder,
-        dtype=resolved.dtype,
-        load_format=settings.model.load_format,
-        seed=settings.model.seed,
-        slots=settings.policy.max_num_seqs,
-        max_length=resolved.max_length,
-        blocks=resolved.blocks,
-        block_size=resolved.block_size,
-        cores=resolved.cores,
-    )
-    policy = make_policy(settings.policy, executor.device)
-    pool = BlockPool(resolved.blocks, resolved.block_size, settings.cache.prefix_cache)
+    executor, blocks, max_length = (_start_cuda if resolved.device == "cuda" else _start_cpu)(resolved)
+    try:
+        policy = make_policy(settings.policy, executor.device)
+    except ConfigError:
+        executor.close()
+        raise
+    pool = BlockPool(blocks, resolved.block_size, settings.cache.prefix_cache)
     return Engine(
         executor,
         policy,
         {Lane.PREFILL: pool, Lane.DECODE: pool},
         MonotonicClock(),
         max_sequences=settings.policy.max_num_seqs,
-        max_length=resolved.max_length,
+        max_length=max_length,
         observers=(*observers, *([policy] if callable(policy) else [])),
     )
+
+
+def _start_cpu(resolved: Resolved) -> tuple[Executor, int, int]:
+    """(executor, KV blocks, most tokens of one sequence)."""
+    from semipd.execute.cpu import CpuExecutor
+
+    assert resolved.blocks is not None
+    executor = CpuExecutor(
+        resolved.folder,
+        dtype=resolved.dtype,
+        load_format=resolved.config.model.load_format,
+        seed=resolved.config.model.seed,
+        slots=resolved.config.policy.max_num_seqs,
+        max_length=resolved.max_length,
+        blocks=resolved.blocks,
+        block_size=resolved.block_size,
+        cores=resolved.cores,
+    )
+    return executor, resolved.blocks, resolved.max_length
+
+
+def _start_cuda(resolved: Resolved) -> tuple[Executor, int, int]:
+    """As `_start_cpu`; torch is imported here, in the process that runs the engine, and nowhere else."""
+    from semipd.execute.cuda_backend import CudaBackend
+    from semipd.execute.cuda_start import Shape, start_cuda
+
+    settings = resolved.config
+    batch = settings.policy.max_num_seqs
+    shape = Shape(
+        slots=batch,
+        max_length=resolved.max_length,
+        block_size=resolved.block_size,
+        blocks=resolved.blocks,
+        fixed_length=settings.model.max_model_len is not None,
+        most_rows=max(Limits.prefill_tokens, settings.policy.chunk_tokens or 0) + batch,
+        memory_share=settings.cache.gpu_memory_share,
+    )
+    started = start_cuda(
+        CudaBackend(),
+        resolved.folder,
+        shape,
+        dtype=settings.model.dtype,
+        load_format=settings.model.load_format,
+        seed=settings.model.seed,
+    )
+    return started.executor, started.blocks, started.max_length
 
 
 def build_simulation(
@@ -189,20 +240,29 @@ def _dtype(wanted: str, spec: ModelSpec) -> str:
     return "float32" if spec.dtype == "float32" else "bfloat16"
 
 
-def _pool(config: Config, spec: ModelSpec, dtype: str) -> tuple[int, int]:
-    """(blocks, max_length). A stated budget is honoured or refused; an unstated one adapts."""
+def _stated_pool(config: Config, spec: ModelSpec, dtype: str) -> tuple[int | None, int]:
+    """(blocks, max_length) as far as the settings say: None for an unstated pool."""
     cache, asked = config.cache, config.model.max_model_len
     if asked is not None and asked > spec.max_positions:
         raise ConfigError(
             f"--max-model-len {asked} is more than the {spec.max_positions} positions of the model"
         )
-    longest = asked or spec.max_positions
-    block_bytes = spec.kv_bytes_per_token(4 if dtype == "float32" else 2) * cache.block_size
-    if cache.kv_blocks is not None:
-        blocks = cache.kv_blocks
-    elif cache.kv_memory is not None:
-        blocks = cache.kv_memory // block_bytes
-    else:
+    blocks = cache.kv_blocks
+    if cache.kv_memory is not None:
+        blocks = cache.kv_memory // (spec.kv_bytes_per_token(_itemsize(dtype)) * cache.block_size)
+    return blocks, asked or spec.max_positions
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _pool(config: Config, spec: ModelSpec, dtype: str) -> tuple[int, int]:
+    """(blocks, max_length). A stated budget is honoured or refused; an unstated one adapts."""
+    cache, asked = config.cache, config.model.max_model_len
+    blocks, longest = _stated_pool(config, spec, dtype)
+    block_bytes = spec.kv_bytes_per_token(_itemsize(dtype)) * cache.block_size
+    if blocks is None:
         blocks = _default_memory() // block_bytes
     capacity = blocks * cache.block_size
     if capacity >= longest:
@@ -262,9 +322,9 @@ def _semi_pd(settings: PolicyConfig, limits: Limits, device: Device, cost: CostM
         if cost is None:
             raise ConfigError(f"--split auto needs a cost model of {device.name}")
         return Auto(limits, device, cost, {"default": targets})
-    if split == "shared" or units == 1:
+    if split == "shared" or not device.legal_splits:
         if split != "shared":
-            log.info("one %s cannot be split: both phases share it", device.unit_kind)
+            log.info("%s cannot be split: both phases share it", device.name)
         return SemiPD(limits, Shared(units))
     if split == "paper":
         if not stated:

@@ -17,6 +17,7 @@ from semipd.core.errors import ConfigError
 POLICIES = ("semi-pd", "prefill-first", "chunked", "disaggregated")
 ADMISSIONS = ("aggressive", "conservative", "past-future")
 DTYPES = ("auto", "bfloat16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -70,6 +71,9 @@ class ModelConfig:
 
     model: str | None = _setting(None, "local folder or hub id; without it, the model in the box")
     dtype: str = _setting("auto", "arithmetic and KV cache", "choice", choices=DTYPES)
+    device: str = _setting(
+        "auto", "where to run (auto: the GPU where there is one)", "choice", choices=DEVICES
+    )
     load_format: str = _setting(
         "auto", "dummy: random weights in the model's shape", "choice", choices=LOAD_FORMATS
     )
@@ -91,13 +95,20 @@ class CacheConfig:
 
     kv_memory: int | None = _setting(
         None,
-        "bytes for the KV pool, such as 2GiB (default: a tenth of the memory, 2GiB at most)",
+        "bytes for the KV pool, such as 2GiB (default: on CPUs a tenth of the memory, 2GiB at most)",
         "size",
         low=1,
         high=2**50,
     )
     kv_blocks: int | None = _setting(
         None, "blocks in the KV pool, instead of --kv-memory", "size", low=1, high=2**31 - 1
+    )
+    gpu_memory_share: float = _setting(
+        0.9,
+        "share of a GPU's memory to use in all; what is left is the KV pool",
+        "number",
+        low=0.05,
+        high=0.98,
     )
     block_size: int = _setting(16, "tokens per KV block", "integer", low=1, high=1024)
     prefix_cache: bool = _setting(True, "reuse the KV blocks of known prefixes", "flag")

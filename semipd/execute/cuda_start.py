@@ -116,6 +116,11 @@ def _pool(backend: Backend, model: DeviceModel, shape: Shape) -> tuple[int, int]
     tables = DeviceStorage.table_bytes(shape.slots, shape.max_length, size)
     usable = int(free - (1.0 - shape.memory_share) * total - GRAPH_BYTES - tables)
     fitting = max(usable // block_bytes - 1, 0)
+    if shape.blocks is not None and shape.blocks * size < shape.max_length:
+        raise ConfigError(
+            f"the KV pool holds {shape.blocks * size} tokens, less than one sequence of {shape.max_length}: "
+            f"lower --max-model-len, or raise the pool to {-(-shape.max_length // size)} blocks"
+        )
     needed = shape.blocks if shape.blocks is not None else -(-shape.max_length // size)
     blocks = shape.blocks if shape.blocks is not None else fitting
     if shape.blocks is None and not shape.fixed_length and size <= fitting * size < shape.max_length:
@@ -128,7 +133,7 @@ def _pool(backend: Backend, model: DeviceModel, shape: Shape) -> tuple[int, int]
             f"beside weights, buffers and graphs; lower --max-model-len or --kv-blocks, or raise "
             f"--gpu-memory-share (now {shape.memory_share:g})"
         )
-    return blocks, min(shape.max_length, blocks * size)
+    return blocks, shape.max_length
 
 
 @contextmanager
