@@ -46,7 +46,7 @@ def from_values(kind: type[Options], values: Mapping[str, Any]) -> Options:
     return kind(**{name: value for name, value in given.items() if value is not None})
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
+def add_flags(parser: argparse._ActionsContainer, kind: type) -> None:
     """One flag per field; values stay text, and a flag that is not given is None."""
     for entry in dataclasses.fields(kind):
         setting: Setting = entry.metadata["setting"]

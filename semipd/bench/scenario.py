@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import math
 import sys
@@ -27,6 +28,7 @@ from semipd.core.partition import Targets
 from semipd.core.ports import Observer
 from semipd.flags import add_flags, check_fields, from_flags, setting
 
+DEFAULT_REQUESTS = 1000
 GOAL = 0.9  # attainment that defines goodput
 STEADY = (0.15, 0.9)  # part of the arrivals that counts for goodput: warm-up and drain are cut
 PRECISION = 0.02  # of the goodput, relative
@@ -48,7 +50,9 @@ class Scenario:
     workload: str = setting("sharegpt", f"lengths: {', '.join(lengths.NAMED)}, or IN,OUT such as 1K,128")
     arrivals: str = setting("poisson", "poisson, gamma:CV or onoff:ON,OFF")
     rate: float = setting(4.0, "requests per second", "number", low=1e-6, high=1e6)
-    requests: int = setting(1000, "how many arrive", "size", low=1, high=10**9)
+    requests: int | None = setting(
+        None, "how many arrive (default: 1000, or the whole trace)", "size", low=1, high=10**9
+    )
     trace: str | None = setting(None, "arrivals and lengths from this file instead")
     trace_format: str = setting("semipd", "format of --trace", "choice", choices=tuple(traces.READERS))
     trace_speed: float = setting(1.0, "times as fast as recorded", "number", low=1e-6, high=1e6)
@@ -65,12 +69,16 @@ class Scenario:
             rows = traces.read(Path(self.trace), self.trace_format, self.seed, self.trace_speed)
             return itertools.islice(rows, self.requests)
         times = workload.parse_times(self.arrivals, self.rate)
-        return workload.generate(times, _lengths(self.workload), self.seed, self.requests)
+        return workload.generate(times, _lengths(self.workload), self.seed, self._generated)
 
     @property
     def span(self) -> float:
         """Seconds that the arrivals are expected to take; infinite for a trace."""
-        return math.inf if self.trace is not None else self.requests / self.rate
+        return math.inf if self.trace is not None else self._generated / self.rate
+
+    @property
+    def _generated(self) -> int:
+        return DEFAULT_REQUESTS if self.requests is None else self.requests
 
 
 def _lengths(text: str) -> workload.Lengths:
@@ -149,6 +157,7 @@ def run_command(options: argparse.Namespace) -> int:
     names = [entry.name for entry in dataclasses.fields(PolicyConfig)]
     policy = from_mapping({name: getattr(options, name) for name in names}).policy
     timeline = Timeline()
+    pictures = _picture_folder(options.plot) if options.plot else None
     if options.find_goodput:
         result = find_goodput(scenario, policy)
         scenario = dataclasses.replace(scenario, rate=max(result["goodput"], 1e-3))
@@ -159,8 +168,8 @@ def run_command(options: argparse.Namespace) -> int:
         simulate(scenario, policy, observers=[timeline])
     if options.timeline:
         timeline.write(Path(options.timeline))
-    if options.plot:
-        _plot(Path(options.plot), scenario, policy, timeline)
+    if pictures is not None:
+        _plot(pictures, scenario, policy, timeline)
     named = {"model": scenario.model, "device": scenario.device, "policy": policy.policy}
     result = {**named, "split": policy.split, "rate": scenario.rate, "seed": scenario.seed, **result}
     if not options.json:
@@ -192,10 +201,21 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _picture_folder(path: str) -> Path:
+    """The folder, made. Raises ConfigError where there can be no pictures: before anything is simulated."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--plot: cannot make the folder {path}: {error.strerror}") from None
+    return folder
+
+
 def _plot(folder: Path, scenario: Scenario, policy: PolicyConfig, timeline: Timeline) -> None:
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     timeline.plot_split(folder / "split.png")
     if scenario.trace is not None:
         return

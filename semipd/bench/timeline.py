@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from semipd.core.errors import ConfigError
 from semipd.core.types import Event, Lane, Stepped, Switched
 
 _TRACKS = {Lane.PREFILL: 1, Lane.DECODE: 2, Lane.TRANSFER: 3}
@@ -49,7 +50,11 @@ class Timeline:
         return rows
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps({"traceEvents": self.events()}))
+        """Raises ConfigError when the file cannot be written."""
+        try:
+            path.write_text(json.dumps({"traceEvents": self.events()}))
+        except OSError as error:
+            raise ConfigError(f"--timeline: cannot write {path}: {error.strerror}") from None
 
     def plot_split(self, path: Path) -> None:
         """Units of each phase over time."""
