@@ -63,7 +63,8 @@ class CudaExecutor:
         self._placement = placement
         self._lanes = {state.lane: state for state in lanes}
         self._most_rows = most_rows
-        self._users = np.full((len(LANES), storage.table.slots), -1, dtype=np.int64)  # last steps by lane
+        # The last step submitted on each lane that uses a slot.
+        self._users = np.full((len(LANES), storage.table.slots), -1, dtype=np.int64)
         self._woken = threading.Event()
         self._lost: str | None = None
         self._closed = False
@@ -90,7 +91,11 @@ class CudaExecutor:
             raise ValueError(f"more than {self.device.depth} steps in flight on {lane.value}")
         slots = np.array([piece.slot for piece in batch.slices], dtype=np.int64)
         known = (slots >= 0) & (slots < self._users.shape[1])
-        state.queue.append(Flight(batch, slots[known]))
+        slots = slots[known]
+        mine = LANES.index(lane)
+        others = self._users[1 - mine, slots]
+        state.queue.append(Flight(batch, slots, int(others.max()) if others.size else -1))
+        self._users[mine, slots] = batch.step
 
     def wait(self, until: float | None) -> list[StepResult]:
         self._check()
@@ -157,14 +162,8 @@ class CudaExecutor:
         return launched
 
     def _is_due(self, state: LaneState) -> bool:
-        """Whether all that the first queued batch reads was launched before it."""
-        flight = state.queue[0]
-        return flight.layers is not None or self._needed(state, flight) <= self._other(state).launched
-
-    def _needed(self, state: LaneState, flight: Flight) -> int:
-        """The last step of the other lane that used a slot of this batch; -1 for none."""
-        steps = self._users[LANES.index(self._other(state).lane), flight.slots]
-        return int(steps.max()) if steps.size else -1
+        """Whether what the first queued batch reads was launched before it."""
+        return state.queue[0].after <= self._other(state).launched
 
     def _other(self, state: LaneState) -> LaneState:
         return self._lanes[Lane.PREFILL if state.lane is Lane.DECODE else Lane.DECODE]
@@ -178,7 +177,7 @@ class CudaExecutor:
         with torch.inference_mode(), backend.on(side):
             if state.tail is not None and state.side is not side:
                 backend.wait(side, state.tail)
-            handover = first and self._needed(state, flight) > other.finished
+            handover = first and flight.after > other.finished
             if (place.wait or handover) and other.tail is not None:
                 backend.wait(side, other.tail)
             state.side = side
@@ -197,7 +196,6 @@ class CudaExecutor:
         if last:
             state.queue.popleft()
             state.launched = flight.batch.step
-            self._users[LANES.index(state.lane), flight.slots] = flight.batch.step
 
     def _advance(self, state: LaneState, flight: Flight, side: Side) -> int:
         """Launch one group of layers; how many. `flight.layers` becomes None with the last."""

@@ -118,8 +118,9 @@ def _pool(backend: Backend, model: DeviceModel, shape: Shape) -> tuple[int, int]
     fitting = max(usable // block_bytes - 1, 0)
     if shape.blocks is not None and shape.blocks * size < shape.max_length:
         raise ConfigError(
-            f"the KV pool holds {shape.blocks * size} tokens, less than one sequence of {shape.max_length}: "
-            f"lower --max-model-len, or raise the pool to {-(-shape.max_length // size)} blocks"
+            f"the KV pool holds {shape.blocks * size} tokens, less than one sequence of "
+            f"{shape.max_length}: lower --max-model-len, or raise the pool to "
+            f"{-(-shape.max_length // size)} blocks"
         )
     needed = shape.blocks if shape.blocks is not None else -(-shape.max_length // size)
     blocks = shape.blocks if shape.blocks is not None else fitting
@@ -138,16 +139,21 @@ def _pool(backend: Backend, model: DeviceModel, shape: Shape) -> tuple[int, int]
 
 @contextmanager
 def _memory_errors(backend: Backend, spec: ModelSpec) -> Iterator[None]:
-    """Turn the allocator's error into one line that says what to lower."""
+    """Turn the allocator's error into one line that says what to lower; a failed start gives the device
+    back."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         free, total = backend.memory()
+        backend.close()
         raise ConfigError(
             f"out of GPU memory: the weights take {spec.weight_bytes() / GIB:.2f} GiB at 2 bytes each, and "
             f"{free / GIB:.2f} of {total / GIB:.1f} GiB are free; lower --max-num-seqs or --max-model-len, "
             "or use a smaller model"
         ) from error
+    except BaseException:
+        backend.close()
+        raise
 
 
 def _warm(
