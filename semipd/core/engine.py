@@ -70,7 +70,6 @@ class Engine:
         self._observers = tuple(observers)
         self.block_size = kv[Lane.DECODE].block_size
         self._two_pools = kv[Lane.PREFILL] is not kv[Lane.DECODE]
-        self._ask_again: float | None = None
         self._inbox: deque[Request | str] = deque()
         self._by_id: dict[str, Request] = {}
         self._steps = itertools.count(1)
@@ -126,7 +125,7 @@ class Engine:
         try:
             self._receive()
             self._launch()
-            for result in self.executor.wait(_earlier(until, self._ask_again)):
+            for result in self.executor.wait(until):
                 self._apply(result)
         except ExecutorLost as lost:
             self._die(str(lost))
@@ -150,14 +149,12 @@ class Engine:
 
     def _launch(self) -> None:
         """Ask the policy until it has nothing more to launch."""
-        self._ask_again = None
         live, depth = self.live, self.executor.device.depth
         while len(live):
             idle = frozenset(lane for lane, steps in live.flights.items() if len(steps) < depth)
             if not idle:
                 return
             plan = self._policy.plan(idle, live, self.kv, self.clock.now())
-            self._ask_again = plan.until
             self._tell_preemptions()
             if plan.split != self._split:
                 self._split = plan.split
@@ -311,9 +308,3 @@ class Engine:
     def _emit(self, event: Event) -> None:
         for observer in self._observers:
             observer(event)
-
-
-def _earlier(one: float | None, two: float | None) -> float | None:
-    if one is None or two is None:
-        return two if one is None else one
-    return min(one, two)

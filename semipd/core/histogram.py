@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import ceil, log2
 
 PER_OCTAVE = 36  # buckets per doubling: the middle of a bucket is within 2 ** (1 / 72) = 0.97% of its ends
@@ -76,11 +78,7 @@ class LogHistogram:
         rank = max(1, ceil(q * self.count))
         if rank >= self.count:
             return self.greatest
-        seen = 0
-        for index, count in enumerate(self._buckets):
-            seen += count
-            if seen >= rank:
-                break
+        index = bisect_left(list(accumulate(self._buckets)), rank)
         middle = self.unit * 2.0 ** ((index - _ZERO - 0.5) / PER_OCTAVE) if index else self.least
         return min(max(middle, self.least), self.greatest)
 

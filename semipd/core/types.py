@@ -222,7 +222,6 @@ class Plan:
 
     split: Split
     slices: Mapping[Lane, Sequence[Slice]]
-    until: float | None = None  # ask again at this time, even if nothing happens before
 
 
 @dataclass(frozen=True, slots=True)
