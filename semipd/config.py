@@ -156,6 +156,9 @@ class ServerConfig:
     port: int = _setting(8000, "port to listen on (0: any free one)", "integer", low=0, high=65535)
     served_model_name: str | None = _setting(None, "name in the API (default: the folder's name)")
     api_key: str | None = _setting(None, "clients must send it as a bearer token")
+    record_trace: str | None = _setting(
+        None, "append times and lengths of requests to this file, for semipd simulate", metavar="FILE"
+    )
     log_level: str = _setting("info", "least severe message to log", "choice", choices=LOG_LEVELS)
 
 

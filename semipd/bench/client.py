@@ -26,9 +26,9 @@ from semipd.bench.measure import Measurements, Record, Targets
 from semipd.bench.options import Options
 from semipd.bench.progress import Progress
 from semipd.bench.report import json_line, latency_table
-from semipd.bench.workload import Arrival
 from semipd.core.errors import ConfigError
 from semipd.flags import add_flags, from_flags
+from semipd.trace import Arrival
 
 PREPARED = 512  # requests made before the clock starts
 PROBE_SECONDS = 10.0

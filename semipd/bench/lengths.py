@@ -17,9 +17,10 @@ from typing import Protocol
 
 import numpy as np
 
-from semipd.bench.workload import MAX_TOKENS, Counts, Lengths
+from semipd.bench.workload import Counts, Lengths
 from semipd.config import parse_size
 from semipd.core.errors import ConfigError
+from semipd.trace import MAX_TOKENS
 
 
 class Side(Protocol):

@@ -9,9 +9,10 @@ from itertools import islice
 
 from semipd.bench import lengths, traces, workload
 from semipd.bench.payload import CHAT, COMPLETIONS
-from semipd.bench.workload import Arrival, Lengths, Times
+from semipd.bench.workload import Lengths, Times
 from semipd.core.errors import ConfigError
 from semipd.flags import check_fields, setting
+from semipd.trace import Arrival
 
 DEFAULT_REQUESTS = 100
 DEFAULT_CONCURRENCY = 8

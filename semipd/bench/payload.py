@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from semipd.bench.measure import Record
-from semipd.bench.workload import Arrival
+from semipd.trace import Arrival
 
 COMPLETIONS, CHAT = "completions", "chat"
 PATHS = {COMPLETIONS: "/v1/completions", CHAT: "/v1/chat/completions"}

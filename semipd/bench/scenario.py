@@ -20,13 +20,13 @@ from semipd.bench import lengths, traces, workload
 from semipd.bench.report import json_line
 from semipd.bench.simulate import Summary, run
 from semipd.bench.timeline import Timeline
-from semipd.bench.workload import Arrival
 from semipd.build import build_simulation
 from semipd.config import PolicyConfig, from_mapping
 from semipd.core.errors import ConfigError
 from semipd.core.partition import Targets
 from semipd.core.ports import Observer
 from semipd.flags import add_flags, check_fields, from_flags, setting
+from semipd.trace import Arrival
 
 DEFAULT_REQUESTS = 1000
 GOAL = 0.9  # attainment that defines goodput

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from semipd.bench.workload import Arrival, prefix_keys
+from semipd.bench.workload import prefix_keys
 from semipd.core.engine import Engine
 from semipd.core.errors import Refused
 from semipd.core.histogram import LogHistogram
 from semipd.core.partition import Targets
 from semipd.core.types import Event, Finished, FinishReason, Request, Sampling, Stepped, Switched, Tokens
 from semipd.execute.sim import ENDS, VirtualClock
+from semipd.trace import Arrival
 
 QUANTILES = (0.5, 0.9, 0.99)
 

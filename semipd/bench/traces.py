@@ -1,4 +1,4 @@
-"""Recorded arrivals: readers for four trace formats, and the writer of our own.
+"""Recorded arrivals: readers for four trace formats. `semipd.trace` writes our own.
 
 Every reader yields `Arrival`s in order of time, seconds from the first row, without holding the file in
 memory. A row that cannot be used raises ConfigError with its number (the line in the file, from 1) and the
@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import math
-import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
@@ -30,36 +28,21 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from semipd.bench.workload import MAX_TOKENS, TRACE_BLOCK, Arrival
 from semipd.core.errors import ConfigError
+from semipd.trace import MAX_SECONDS, MAX_TOKENS, TRACE_BLOCK, Arrival, Count, SemipdRow, Time
 
 MOONCAKE_BIN_SECONDS = 3.0
-MAX_SECONDS = 1e11
 
-_Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
-_Time = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
-_Key = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{1,16}$")]
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class MooncakeRow(msgspec.Struct):
     """A line of a Mooncake trace; timestamp in milliseconds."""
 
-    timestamp: _Time
-    input_length: _Count
-    output_length: _Count
+    timestamp: Time
+    input_length: Count
+    output_length: Count
     hash_ids: list[_Id] = msgspec.field(default_factory=list)
-
-
-class SemipdRow(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A line of our own format; time in seconds of any clock, the same for the whole file."""
-
-    time: _Time
-    prompt_tokens: _Count
-    output_tokens: _Count
-    block_size: _Count = TRACE_BLOCK
-    keys: list[_Key] = msgspec.field(default_factory=list)
-    service_class: Annotated[str, msgspec.Meta(max_length=64)] = "default"
 
 
 def read(path: str | Path, format: str, seed: int = 0, speed: float = 1.0) -> Iterator[Arrival]:
@@ -264,48 +247,3 @@ READERS: dict[str, Callable[[Path, int], Iterator[Arrival]]] = {
     "burstgpt": _burstgpt,
     "semipd": _semipd,
 }
-
-
-class TraceWriter:
-    """Appends arrivals to a file in the semipd format, one whole line per write; reopening goes on.
-
-    `secret` blinds block keys (see `blind`): keys of unsalted prompts would otherwise let anybody who
-    knows a text check whether it was sent. By default it is random per writer."""
-
-    def __init__(self, path: str | Path, secret: bytes | None = None) -> None:
-        self._secret = os.urandom(16) if secret is None else secret
-        try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(f"cannot write the trace {path}: {error.strerror}") from None
-
-    def blind(self, keys: Iterable[bytes]) -> tuple[int, ...]:
-        """Ids for an `Arrival` from an engine's block keys: equal for equal keys, telling nothing else."""
-        return tuple(
-            int.from_bytes(hashlib.blake2b(key, key=self._secret, digest_size=8).digest(), "big")
-            for key in keys
-        )
-
-    def write(self, arrival: Arrival) -> None:
-        """Append one row. Its time may be of any clock, the same for the whole file."""
-        row = SemipdRow(
-            arrival.time,
-            arrival.prompt_tokens,
-            arrival.output_tokens,
-            arrival.block_size,
-            [f"{key:x}" for key in arrival.keys],
-            arrival.service_class,
-        )
-        os.write(self._file, msgspec.json.encode(row) + b"\n")
-
-    def close(self) -> None:
-        """Idempotent."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

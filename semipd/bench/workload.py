@@ -18,30 +18,13 @@ from numpy.typing import NDArray
 
 from semipd.config import parse_seconds
 from semipd.core.errors import ConfigError
+from semipd.trace import Arrival
 
-MAX_TOKENS = 2**24
 MAX_RATE = 1e6
 CHUNK = 1024
-TRACE_BLOCK = 512
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One request of a workload: its time in seconds from the start, and its lengths in tokens.
-
-    keys: one id per block of `block_size` prompt tokens, from the start on; the last may stand for a
-    part of a block. Equal ids mean equal prompts up to and including that block. May be empty.
-    """
-
-    time: float
-    prompt_tokens: int
-    output_tokens: int
-    keys: tuple[int, ...] = ()
-    block_size: int = TRACE_BLOCK
-    service_class: str = "default"
 
 
 def prefix_keys(arrival: Arrival, block_size: int) -> list[bytes]:

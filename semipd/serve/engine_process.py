@@ -34,6 +34,7 @@ from semipd.serve.messages import (
     frame,
 )
 from semipd.serve.planner import Planner
+from semipd.serve.record import TraceRecorder
 
 _PR_SET_PDEATHSIG = 1
 _RECEIVE_BYTES = 1 << 18
@@ -65,7 +66,7 @@ def serve(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
-    planner = Planner(lambda observers: build(config, observers))
+    planner = Planner(lambda observers: build(config, (*observers, *_recorders(config))))
     outgoing: queue.SimpleQueue[Up | None] = queue.SimpleQueue()
     planner.listen(lambda message: outgoing.put(message))
     threading.Thread(target=_read, args=(incoming, planner), name="reader", daemon=True).start()
@@ -74,6 +75,12 @@ def serve(
     planner.run()
     outgoing.put(None)
     writer.join()
+
+
+def _recorders(config: Config) -> list[Observer]:
+    """Raises ConfigError when the trace cannot be written."""
+    path = config.server.record_trace
+    return [TraceRecorder(path, config.cache.block_size)] if path is not None else []
 
 
 def die_with_parent() -> None:

@@ -122,5 +122,6 @@ class _Protocol(asyncio.Protocol):
 
 
 def _plain(config: Config) -> dict[str, dict[str, Any]]:
-    """The settings that an engine needs; of the server's (the API key is one) only the log level."""
-    return dataclasses.asdict(config) | {"server": {"log_level": config.server.log_level}}
+    """The settings that an engine needs; of the server's (the API key is one) only what it uses."""
+    server = {name: getattr(config.server, name) for name in ("log_level", "record_trace")}
+    return dataclasses.asdict(config) | {"server": server}

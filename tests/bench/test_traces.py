@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semipd.bench.traces import TraceWriter, read
-from semipd.bench.workload import Arrival
+from semipd.bench.traces import read
 from semipd.core.errors import ConfigError
+from semipd.trace import Arrival, TraceWriter
 
 RECORDED = Path(__file__).parents[2].parent / "shared" / "data" / "traces"
 recorded = pytest.mark.skipif(

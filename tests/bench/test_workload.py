@@ -11,7 +11,6 @@ import pytest
 
 from semipd.bench.lengths import NAMED, Drift, Mix, Pair, Scaled, Uniform, named, parse_side
 from semipd.bench.workload import (
-    Arrival,
     Gamma,
     OnOff,
     Poisson,
@@ -22,6 +21,7 @@ from semipd.bench.workload import (
     prefix_keys,
 )
 from semipd.core.errors import ConfigError
+from semipd.trace import Arrival
 
 FIXED = Pair(Uniform(10, 10), Uniform(5, 5))
 

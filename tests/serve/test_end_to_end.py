@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from semipd import LLM, SamplingParams
+from semipd.cli import main
 from tests.checkpoints import make_checkpoint
 from tests.serve.fakes import eventually
 
@@ -46,8 +47,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(folder: Path) -> Iterator[Served]:
-    flags = [part for name, value in FLAGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+def serve(folder: Path, **more: Any) -> Iterator[Served]:
+    flags = [
+        part
+        for name, value in {**FLAGS, **more}.items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "semipd.cli", "serve", str(folder), "--port", "0", *flags],
         cwd=ROOT,
@@ -198,3 +203,28 @@ def _runs(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+def test_a_recorded_trace_is_replayed_by_the_simulator(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    long = "the quick brown fox jumps over the lazy dog " * 4
+    with serve(folder, record_trace=path) as running, running.client() as client:
+        usages = [
+            client.post("/v1/completions", json={"prompt": prompt, **GREEDY, "max_tokens": 8}).json()[
+                "usage"
+            ]
+            for prompt in (long, long, "hello world")
+        ]
+        lines = path.read_text().splitlines()  # every row is there as soon as its request has ended
+    rows = [json.loads(line) for line in lines]
+    assert [row["prompt_tokens"] for row in rows] == [usage["prompt_tokens"] for usage in usages]
+    assert [row["output_tokens"] for row in rows] == [8, 8, 8]
+    assert rows[0]["keys"] == rows[1]["keys"] and len(rows[0]["keys"]) == usages[0]["prompt_tokens"] // 16
+    assert abs(rows[0]["time"] - time.time()) < 600 and rows[0]["time"] < rows[1]["time"]
+    assert "quick" not in path.read_text()
+    assert main(["simulate", "--trace", str(path), "--trace-format", "semipd", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)
+    assert replayed["requests"] == 3
+    assert replayed["output_throughput"] * replayed["simulated_s"] == pytest.approx(24)
