@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-if not Path("/dev/nvidia0").exists():
+from semipd.execute.choose import has_gpu
+
+if not has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"

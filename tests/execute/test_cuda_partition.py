@@ -1,0 +1,166 @@
+"""The rule of shares, the driver calls that make them, and whether there is a GPU to ask."""
+
+from __future__ import annotations
+
+import enum
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from semipd.core.types import Lane, Split
+from semipd.execute.backend import Side
+from semipd.execute.choose import has_gpu
+from semipd.execute.cuda_driver import HIGH, LOW, CannotPartition, GreenContexts
+from semipd.execute.cuda_partition import Placement, disjoint
+from tests.execute.fake_cuda import UNITS, FakeBackend
+
+
+def placement(**kind: Any) -> Placement:
+    backend = FakeBackend(**kind)
+    whole = {lane: backend.whole(lane) for lane in (Lane.PREFILL, Lane.DECODE)}
+    return Placement(whole, backend.partition(), UNITS)
+
+
+def test_legal_splits_are_what_was_granted() -> None:
+    splits = placement().legal_splits
+    assert splits[0] == (124, 8) and splits[-1] == (4, 128) and len(splits) == 16
+    assert placement(parts=False).legal_splits == ()
+
+
+@pytest.mark.parametrize(("asked", "got"), [((68, 64), 64), ((66, 66), 64), ((1, 1), 8), ((5, 127), 128)])
+def test_the_nearest_partition_stands_in_for_any_split(asked: tuple[int, int], got: int) -> None:
+    table = placement()
+    table.retarget(Split.pair(*asked, UNITS))
+    decode = table.place(Lane.DECODE, None, None).side
+    prefill = table.place(Lane.PREFILL, None, None).side
+    assert (decode.units, prefill.units) == (got, UNITS - got) and disjoint(prefill, decode)
+
+
+def test_sides_of_unknown_sms_are_taken_to_overlap_except_with_their_pair() -> None:
+    table = placement(known=False)
+    first, second = table.sides(Lane.DECODE)[1:3]
+    other = table.sides(Lane.PREFILL)
+    assert disjoint(first, other[1]) and not disjoint(first, other[2]) and not disjoint(first, second)
+    assert not disjoint(first, other[0]) and not disjoint(first, first)
+    assert not disjoint(Side(None, UNITS), Side(None, UNITS)), "two whole devices are one"
+
+
+def test_a_lane_that_shrinks_never_stays() -> None:
+    """If both could stay, each waiting for the other, the split would never change."""
+    table = placement(known=False)
+    narrow, wide = table.sides(Lane.DECODE)[4], table.sides(Lane.DECODE)[8]
+    table.retarget(Split.pair(UNITS - wide.units, wide.units, UNITS))
+    prefill_old = table.sides(Lane.PREFILL)[4]
+    grows = table.place(Lane.DECODE, narrow, prefill_old)
+    assert grows.side is narrow and not grows.wait
+    shrinks = table.place(Lane.PREFILL, prefill_old, narrow)
+    assert shrinks.side is table.sides(Lane.PREFILL)[8] and shrinks.wait
+
+
+def test_a_card_that_cannot_be_cut_shares_by_priority() -> None:
+    table = placement(parts=False)
+    for split in (Split.pair(68, 64, UNITS), Split.lone(Lane.DECODE, UNITS)):
+        table.retarget(split)
+        place = table.place(Lane.DECODE, None, table.sides(Lane.PREFILL)[0])
+        assert place.side.units == UNITS and not place.wait
+
+
+class FakeDriver:
+    """`cuda.bindings.driver` of a card with 132 SMs that grants multiples of 8."""
+
+    def __init__(self, fail: str = "") -> None:
+        self.calls: list[str] = []
+        self._fail = fail
+        self.CUresult = enum.Enum("CUresult", ["CUDA_SUCCESS", "CUDA_ERROR_NOT_SUPPORTED"])
+        self.CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1)
+        self.CUgreenCtxCreate_flags = SimpleNamespace(CU_GREEN_CTX_DEFAULT_STREAM=1)
+        self.CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+        self.CUstream = int
+        self.priorities: list[int] = []
+        self.alive = 0
+
+    def _answer(self, name: str, *results: Any) -> tuple[Any, ...]:
+        self.calls.append(name)
+        if name == self._fail:
+            return (self.CUresult["CUDA_ERROR_NOT_SUPPORTED"], *results)
+        return (self.CUresult["CUDA_SUCCESS"], *results)
+
+    def _sms(self, count: int) -> Any:
+        return SimpleNamespace(sm=SimpleNamespace(smCount=count))
+
+    def cuInit(self, flags: int) -> Any:
+        return self._answer("cuInit")
+
+    def cuDeviceGet(self, ordinal: int) -> Any:
+        return self._answer("cuDeviceGet", ordinal)
+
+    def cuDeviceGetDevResource(self, device: int, kind: int) -> Any:
+        return self._answer("cuDeviceGetDevResource", self._sms(132))
+
+    def cuDevSmResourceSplitByCount(self, groups: int, whole: Any, flags: int, least: int) -> Any:
+        assert groups == 1 and flags == 0
+        granted = -(-least // 8) * 8
+        return self._answer("split", [self._sms(granted)], 1, self._sms(132 - granted))
+
+    def cuDevResourceGenerateDesc(self, resources: list[Any], count: int) -> Any:
+        assert len(resources) == count == 1
+        return self._answer("cuDevResourceGenerateDesc", resources[0])
+
+    def cuGreenCtxCreate(self, description: Any, device: int, flags: int) -> Any:
+        assert flags == 1, "the driver requires this flag"
+        self.alive += 1
+        return self._answer("cuGreenCtxCreate", description)
+
+    def cuGreenCtxStreamCreate(self, context: Any, flags: int, priority: int) -> Any:
+        assert flags == 1, "a blocking stream would wait for the default one"
+        self.priorities.append(priority)
+        return self._answer("cuGreenCtxStreamCreate", 77)
+
+    def cuGreenCtxGetDevResource(self, context: Any, kind: int) -> Any:
+        return self._answer("cuGreenCtxGetDevResource", context)
+
+    def cuStreamDestroy(self, stream: int) -> Any:
+        return self._answer("cuStreamDestroy")
+
+    def cuGreenCtxDestroy(self, context: Any) -> Any:
+        self.alive -= 1
+        return self._answer("cuGreenCtxDestroy")
+
+
+class TestGreenContexts:
+    def test_both_sides_come_out_of_one_split(self) -> None:
+        """Two splits of the whole device, one for each side, would overlap."""
+        driver = FakeDriver()
+        contexts = GreenContexts(0, driver)
+        decode, prefill = contexts.pair(61)
+        assert (decode.units, prefill.units) == (64, 68), "as granted, read back from the contexts"
+        assert driver.calls.count("split") == 1 and driver.priorities == [HIGH, LOW]
+        contexts.close()
+        assert driver.alive == 0
+
+    def test_granularity_has_a_default_for_older_drivers(self) -> None:
+        sizes = GreenContexts(0, FakeDriver()).granularity()
+        assert (sizes.smallest, sizes.step, sizes.total) == (8, 8, 132)
+
+    @pytest.mark.parametrize("call", ["cuDeviceGetDevResource", "cuGreenCtxCreate"])
+    def test_a_driver_that_refuses_is_named(self, call: str) -> None:
+        with pytest.raises(CannotPartition, match=f"{call}: CUDA_ERROR_NOT_SUPPORTED"):
+            GreenContexts(0, FakeDriver(call)).pair(8)
+
+    def test_a_missing_or_old_package_is_named(self) -> None:
+        with pytest.raises(CannotPartition, match="has no cuDevSmResourceSplitByCount"):
+            GreenContexts(0, SimpleNamespace())
+
+
+def test_a_gpu_is_a_device_file_and_a_torch_that_can_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidiactl").touch()
+    assert not has_gpu(tmp_path)
+    (tmp_path / "nvidia3").touch()
+    for version, expected in (("2.13.0+cpu", False), ("2.11.0+cu130", True), ("2.11.0", True)):
+        monkeypatch.setattr(metadata, "version", lambda name, version=version: version)
+        assert has_gpu(tmp_path) is expected
