@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,10 +20,14 @@ ADMISSIONS = ("aggressive", "conservative", "past-future")
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZATIONS = ("none", "int8", "int4")
+MAX_CLASSES = 16
+NEUTRAL_CLASSES = ("auto", "default")  # names that a request may give to say nothing
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
 _TIME = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|m|h|)\s*$", re.IGNORECASE)
+_CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -54,7 +59,7 @@ class Setting:
     """What a field's value may be, and what to tell the user about it."""
 
     help: str
-    kind: str = "text"  # text, size, integer, number, seconds, choice, flag
+    kind: str = "text"  # text, size, integer, number, seconds, choice, flag, classes
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
@@ -63,6 +68,18 @@ class Setting:
 
 def _setting(default: Any, help: str, kind: str = "text", **rest: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(help, kind, **rest)})
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceClass:
+    """Requests with targets of their own. ttft, tpot: in seconds; None means no target.
+
+    priority: a request with this `priority` belongs here; None when only the name leads here."""
+
+    name: str
+    ttft: float | None = None
+    tpot: float | None = None
+    priority: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,13 @@ class ModelConfig:
     load_format: str = _setting(
         "auto", "dummy: random weights in the model's shape", "choice", choices=LOAD_FORMATS
     )
+    quantization: str = _setting(
+        "none",
+        "round the linear layers to 8 or 4 bits when loading (CPU)",
+        "choice",
+        choices=QUANTIZATIONS,
+    )
+    quantize_head: bool = _setting(False, "round the output layer too", "flag")
     max_model_len: int | None = _setting(
         None,
         "most tokens of one sequence (default: the model's own limit)",
@@ -125,11 +149,23 @@ class PolicyConfig:
         "(default with a target; else half and half)",
         metavar="SPLIT",
     )
+    device_file: str | None = _setting(
+        None,
+        "auto only: device file to predict with, from semipd profile (default on CPUs: a generic one)",
+        metavar="FILE",
+    )
     ttft_slo: float | None = _setting(
         None, "target from arrival to first token, such as 300ms", "seconds", low=1e-6, high=1e6
     )
     tpot_slo: float | None = _setting(
         None, "target per further token, such as 40ms", "seconds", low=1e-6, high=1e6
+    )
+    classes: tuple[ServiceClass, ...] | None = _setting(
+        None,
+        'targets of service classes by name: {"batch": {"ttft": "10s", "tpot": "200ms", "priority": 1}}; '
+        "requests name theirs by service_tier or priority",
+        "classes",
+        metavar="JSON",
     )
     chunk_tokens: int | None = _setting(
         None, "chunked only: token budget of a mixed batch (default 256)", "size", low=1, high=2**20
@@ -164,6 +200,7 @@ class ServerConfig:
 
 _OWNED = {  # settings that mean something to one policy only
     "split": "semi-pd",
+    "device_file": "semi-pd",
     "chunk_tokens": "chunked",
     "long_prompt_threshold": "chunked",
     "transfer_bandwidth": "disaggregated",
@@ -223,7 +260,10 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
 def check(name: str, value: Any, setting: Setting) -> Any:
     """Convert and bound one value. Raises ConfigError naming the flag."""
-    flag = "--" + name.replace("_", "-")
+    return _checked("--" + name.replace("_", "-"), value, setting)
+
+
+def _checked(flag: str, value: Any, setting: Setting) -> Any:
     try:
         converted = _convert(value, setting)
     except (ConfigError, ValueError, TypeError) as error:
@@ -254,6 +294,8 @@ def _convert(value: Any, setting: Setting) -> Any:
             if str(value).lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
                 return str(value).lower() in ("true", "yes", "on", "1")
             raise ConfigError(f"{value!r} is not true or false")
+        case "classes":
+            return _classes(value)
         case "choice":
             if value not in setting.choices:
                 raise ConfigError(f"{value!r} is not one of {', '.join(setting.choices)}")
@@ -262,3 +304,50 @@ def _convert(value: Any, setting: Setting) -> Any:
             if not isinstance(value, str):
                 raise ConfigError(f"{value!r} is not text")
             return value
+
+
+_CLASS_FIELDS = {
+    "ttft": Setting("", "seconds", low=1e-6, high=1e6),
+    "tpot": Setting("", "seconds", low=1e-6, high=1e6),
+    "priority": Setting("", "integer", low=-(2**31), high=2**31 - 1),
+}
+
+
+def _classes(value: Any) -> tuple[ServiceClass, ...]:
+    """From a mapping by name, from JSON text of one, or from a list of what this returns (or of the same as
+    mappings, as it travels between processes)."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"this is not JSON: {error}") from None
+    if isinstance(value, Mapping):
+        rows = [(name, {} if fields is None else fields) for name, fields in value.items()]
+    elif isinstance(value, (list, tuple)):
+        plain = [dataclasses.asdict(row) if isinstance(row, ServiceClass) else dict(row) for row in value]
+        rows = [(row.pop("name", None), row) for row in plain]
+    else:
+        raise ConfigError("service classes are written as name: {ttft, tpot, priority}")
+    if len(rows) > MAX_CLASSES:
+        raise ConfigError(f"at most {MAX_CLASSES} service classes, not {len(rows)}")
+    classes = tuple(_service_class(name, fields) for name, fields in rows)
+    priorities = [entry.priority for entry in classes if entry.priority is not None]
+    if len(set(priorities)) < len(priorities):
+        raise ConfigError("two service classes have the same priority")
+    return classes
+
+
+def _service_class(name: Any, fields: Any) -> ServiceClass:
+    if not isinstance(name, str) or not _CLASS_NAME.fullmatch(name) or name in NEUTRAL_CLASSES:
+        raise ConfigError(f"{name!r} cannot name a service class (letters, digits, _ . -; not auto, default)")
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{name}: write ttft, tpot and priority, not {fields!r}")
+    for field_name in fields:
+        if field_name not in _CLASS_FIELDS:
+            raise ConfigError(f"{name}: {field_name!r} is not one of {', '.join(_CLASS_FIELDS)}")
+    given = {
+        field_name: _checked(f"{name}.{field_name}", value, _CLASS_FIELDS[field_name])
+        for field_name, value in fields.items()
+        if value is not None
+    }
+    return ServiceClass(name, **given)

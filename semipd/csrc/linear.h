@@ -30,8 +30,14 @@ typedef void MultiplyPair(const uint16_t *x, int64_t x_stride, int64_t rows, con
 typedef void FinishPair(const Linear *linear, int64_t pair, const float *sums, int64_t rows, uint16_t *out,
                         int64_t out_stride);
 
+/* The compiler's tile instructions do not say what memory they read: everything written through `pointer` must
+   be there before them. */
+#define FENCE(pointer) __asm__ volatile("" : : "r"(pointer) : "memory")
+
 MultiplyPair multiply_pair_amx;
 FinishPair finish_pair;
+/* Around a thread's use of tiles; and the shapes for up to 32 rows of `depth` bytes of inputs (linear_amx.c). */
 void begin_tiles(void), end_tiles(void);
+void shape_tiles(int64_t rows, int64_t depth);
 
 #endif

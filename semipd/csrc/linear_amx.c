@@ -15,21 +15,22 @@ typedef struct {
     uint8_t height[16];
 } __attribute__((aligned(64))) TileShapes;
 
-static void shape_tiles(int64_t rows) {
+static __thread int64_t shaped_rows, shaped_depth; /* since this thread's begin_tiles */
+
+void shape_tiles(int64_t rows, int64_t depth) {
+    if (shaped_rows == rows && shaped_depth == depth) return;
     TileShapes shapes = {.palette = 1};
     int first = rows < 16 ? rows : 16, second = rows > 16 ? rows - 16 : 1;
-    uint8_t height[8] = {first, first, second, second, first, second, 16, 16};
-    for (int i = 0; i < 8; i++) shapes.width[i] = 64, shapes.height[i] = height[i];
+    uint8_t height[8] = {first, first, second, second, first, second, depth / 4, depth / 4};
+    uint16_t width[8] = {64, 64, 64, 64, depth, depth, 64, 64};
+    for (int i = 0; i < 8; i++) shapes.width[i] = width[i], shapes.height[i] = height[i];
+    FENCE(&shapes);
     _tile_loadconfig(&shapes);
+    shaped_rows = rows, shaped_depth = depth;
 }
 
-static __thread int64_t shaped; /* rows that this thread's tiles are shaped for, between begin and end */
-
-void begin_tiles(void) { shaped = 0; }
-void end_tiles(void) {
-    if (shaped) _tile_release();
-    shaped = 0;
-}
+void begin_tiles(void) { shaped_rows = 0; }
+void end_tiles(void) { _tile_release(); }
 
 static void ahead(const uint16_t *weight) {
     const char *from = (const char *)(weight + 6 * PAIR_TILE);
@@ -91,11 +92,12 @@ static void multiply_32(const uint16_t *x, int64_t x_stride, const uint16_t *wei
 
 void multiply_pair_amx(const uint16_t *x, int64_t x_stride, int64_t rows, const uint16_t *weight, int64_t depth,
                        int fresh, int stream, float *sums) {
-    if (shaped != rows) shape_tiles(rows), shaped = rows;
+    shape_tiles(rows, 64);
     if (rows > 16) multiply_32(x, x_stride, weight, depth, fresh, stream, sums);
     else multiply_16(x, x_stride, weight, depth, fresh, stream, sums);
 }
 #else
+void shape_tiles(int64_t rows, int64_t depth) { (void)rows, (void)depth; }
 void begin_tiles(void) {}
 void end_tiles(void) {}
 void multiply_pair_amx(const uint16_t *x, int64_t x_stride, int64_t rows, const uint16_t *weight, int64_t depth,

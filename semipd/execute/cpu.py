@@ -58,7 +58,8 @@ class _Worker:
 class CpuExecutor:
     """Implements `core.ports.Executor` on the cores of this machine; a unit is a core.
 
-    model: a folder in Hugging Face format; dtype, load_format and seed as in `ModelConfig`.
+    model: a folder in Hugging Face format; dtype, load_format, seed, quantization and quantize_head as in
+    `ModelConfig`.
     slots, max_length, blocks, block_size: the shape of the slot table and of the KV pool.
     cores: system numbers of the cores to use; default: all that this process may use.
     depth: steps in flight per lane.
@@ -78,6 +79,8 @@ class CpuExecutor:
         dtype: str = "auto",
         load_format: str = "auto",
         seed: int = 0,
+        quantization: str = "none",
+        quantize_head: bool = False,
         cores: Sequence[int] | None = None,
         depth: int = 2,
     ) -> None:
@@ -100,6 +103,8 @@ class CpuExecutor:
             numbers,
             os.getpid(),
             log.getEffectiveLevel(),
+            quantization,
+            quantize_head,
         )
         self._resources = contextlib.ExitStack()
         try:

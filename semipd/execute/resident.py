@@ -63,7 +63,14 @@ def _load(start: Start, memory: int, channel: Channel[Order]) -> Storage | None:
     """Everything that workers share, or None after telling the parent why not."""
     torch.set_num_threads(1)
     try:
-        model = load_model(start.model, dtype=start.dtype, load_format=start.load_format, seed=start.seed)
+        model = load_model(
+            start.model,
+            dtype=start.dtype,
+            load_format=start.load_format,
+            seed=start.seed,
+            quantization=start.quantization,
+            quantize_head=start.quantize_head,
+        )
         shared = SharedMemory(memory, start.slots, start.max_length, start.block_size)
         pool = kv_pool(model.kv_shape(start.blocks, start.block_size), model.dtype)
     except ConfigError as error:

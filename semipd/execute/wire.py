@@ -32,6 +32,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     cores: tuple[int, ...]
     parent: int  # process id
     log_level: int
+    quantization: str = "none"
+    quantize_head: bool = False
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 
 from semipd.model.kernels import AMX, Kernels, LinearShape
-from semipd.model.layers import Kind
+from semipd.model.layers import Compute, Kind
 
 PAIR, DEPTH = 32, 32  # columns and inputs of a packed tile (csrc/linear.h)
 
@@ -23,7 +23,9 @@ class CompiledLinear:
 
     def __init__(self, kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """weight: bfloat16 [outputs, inputs], with inputs a multiple of 32."""
-        self._set(kernels, weight.shape[0], _padded(weight), None if bias is None else _padded(bias), False)
+        self._set(
+            kernels, weight.shape[0], padded_to(weight), None if bias is None else padded_to(bias), False
+        )
 
     def _set(
         self, kernels: Kernels, outputs: int, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool
@@ -62,8 +64,8 @@ class CompiledGated(CompiledLinear):
     ) -> None:
         bias = None
         if gate_bias is not None and up_bias is not None:
-            bias = _interleaved(gate_bias, up_bias)
-        self._set(kernels, gate.shape[0], _interleaved(gate, up), bias, True)
+            bias = interleaved(gate_bias, up_bias)
+        self._set(kernels, gate.shape[0], interleaved(gate, up), bias, True)
 
 
 def compiled_kind(kernels: Kernels | None, dtype: torch.dtype, otherwise: Kind) -> Kind:
@@ -71,12 +73,17 @@ def compiled_kind(kernels: Kernels | None, dtype: torch.dtype, otherwise: Kind) 
     if kernels is None or kernels.level < AMX or dtype != torch.bfloat16:
         return otherwise
 
-    def linear(weight: torch.Tensor, bias: torch.Tensor | None):  # type: ignore[no-untyped-def]
+    def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Compute:
         if weight.shape[1] % DEPTH:
             return otherwise.linear(weight, bias)
         return CompiledLinear(kernels, weight, bias)
 
-    def gated(gate, gate_bias, up, up_bias):  # type: ignore[no-untyped-def]
+    def gated(
+        gate: torch.Tensor,
+        gate_bias: torch.Tensor | None,
+        up: torch.Tensor,
+        up_bias: torch.Tensor | None,
+    ) -> Compute:
         if gate.shape[1] % DEPTH or (gate_bias is None) != (up_bias is None):
             return otherwise.gated(gate, gate_bias, up, up_bias)
         return CompiledGated(kernels, gate, gate_bias, up, up_bias)
@@ -91,13 +98,13 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
 
 
-def _padded(x: torch.Tensor, to: int = PAIR) -> torch.Tensor:
+def padded_to(x: torch.Tensor, to: int = PAIR) -> torch.Tensor:
     """Zeros after the last row, up to a multiple."""
     missing = -x.shape[0] % to
     return functional.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
 
 
-def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Sixteen rows of the one, the same sixteen of the other, and so on."""
-    gate, up = (_padded(x, 16).view(-1, 16, *x.shape[1:]) for x in (gate, up))
+    gate, up = (padded_to(x, 16).view(-1, 16, *x.shape[1:]) for x in (gate, up))
     return torch.stack((gate, up), dim=1).flatten(0, 2)

@@ -14,6 +14,8 @@ from semipd.model.attention import AttentionPlan, Pool, Ragged, attend, plan_att
 from semipd.model.compiled import compiled_kind
 from semipd.model.kernels import Kernels, can_attend, load_kernels
 from semipd.model.layers import PLAIN, Compute, Kind, choose_kind, pad_rows, padded_rows, rms_norm
+from semipd.model.quantize import METHODS, Matrix, quantized_kind, stack
+from semipd.model.quantized_weights import QuantizedWeights, read_format
 from semipd.model.rope import rope_frequencies, rope_tables, rotate
 from semipd.model.spec import ModelSpec, load_spec
 from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
@@ -156,34 +158,48 @@ def load_model(
     seed: int = 0,
     pack: bool = True,
     kernels: bool = True,
+    quantization: str = "none",
+    quantize_head: bool = False,
 ) -> DenseModel:
     """Load a checkpoint folder, or make random weights in its shape (`load_format="dummy"`, which needs
     only a config.json). dtype: auto, bfloat16 or float32. pack: use oneDNN's packed linears if they work
-    here. kernels: use the compiled kernels if they were built.
+    here. kernels: use the compiled kernels if they were built. quantization: int8 or int4 to round the
+    linear layers to, or none; quantize_head: the head's too.
 
     Raises ConfigError, one line, when the folder cannot be served."""
     spec = load_spec(folder)
+    if quantization not in METHODS:
+        raise ConfigError(f"quantization {quantization!r} is not one of {', '.join(METHODS)}")
     weights: Weights
+    stored = read_format(spec.quantization) if spec.quantization else None
     if load_format == "dummy":
         weights = DummyWeights(dtype, spec.dtype, seed)
     elif load_format == "auto":
-        weights = SafetensorsWeights(folder, dtype, spec.dtype)
+        tensors = SafetensorsWeights(folder, dtype, spec.dtype)
+        weights = QuantizedWeights(tensors, stored) if stored else tensors
+        if stored and quantization != "none":
+            raise ConfigError(f"{folder} is quantised already: leave out --quantization {quantization}")
     else:
         raise ConfigError(f"load format {load_format!r} is not one of auto, dummy")
     with torch.inference_mode():
         kind, compiled = choose_kind(weights.dtype) if pack else PLAIN, load_kernels() if kernels else None
-        return _build(spec, weights, compiled_kind(compiled, weights.dtype, kind), compiled)
+        kind = head = compiled_kind(compiled, weights.dtype, kind)
+        if stored or quantization != "none":
+            kind = quantized_kind(compiled, weights.dtype, quantization, kind)
+        return _build(spec, weights, kind, kind if quantize_head else head, compiled)
 
 
-def _build(spec: ModelSpec, weights: Weights, kind: Kind, kernels: Kernels | None) -> DenseModel:
+def _build(
+    spec: ModelSpec, weights: Weights, kind: Kind, head_kind: Kind, kernels: Kernels | None
+) -> DenseModel:
     table = (spec.vocabulary, spec.hidden)
     embedding = weights.take("model.embed_tokens.weight", table)
     layers = tuple(_build_layer(spec, weights, kind, index) for index in range(spec.layers))
     norm = weights.take("model.norm.weight", (spec.hidden,))
     if spec.tied:
-        head, ignored = kind.linear(embedding, None), ["lm_head.weight"]
+        head, ignored = head_kind.linear(embedding, None), ["lm_head.weight"]
     else:
-        head, ignored = kind.linear(weights.take("lm_head.weight", table), None), []
+        head, ignored = head_kind.linear(weights.take("lm_head.weight", table), None), []
     weights.finish(ignored)
     if not can_attend(kernels, spec.heads, spec.kv_heads, spec.head_dim, weights.dtype):
         kernels = None
@@ -195,18 +211,15 @@ def _build_layer(spec: ModelSpec, weights: Weights, kind: Kind, index: int) -> L
     query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     sizes = (("q", query), ("k", key), ("v", key))
 
-    def pair(
-        name: str, outputs: int, inputs: int, biased: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight = weights.take(f"{prefix}{name}_proj.weight", (outputs, inputs))
+    def pair(name: str, outputs: int, inputs: int, biased: bool) -> tuple[Matrix, torch.Tensor | None]:
+        weight = weights.matrix(f"{prefix}{name}_proj.weight", (outputs, inputs))
         return weight, weights.take(f"{prefix}{name}_proj.bias", (outputs,)) if biased else None
 
     def qkv() -> Compute:
         pairs = [pair(f"self_attn.{c}", size, spec.hidden, spec.qkv_bias) for c, size in sizes]
         biases = [bias for _, bias in pairs if bias is not None]
-        return kind.linear(
-            torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None
-        )
+        weight = stack([weight for weight, _ in pairs], weights.dtype)
+        return kind.linear(weight, torch.cat(biases) if biases else None)
 
     def gate_up() -> Compute:
         gate, up = (pair(f"mlp.{c}", spec.intermediate, spec.hidden, spec.mlp_bias) for c in ("gate", "up"))

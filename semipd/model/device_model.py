@@ -195,6 +195,8 @@ def load_device_model(
     """Load a checkpoint folder to a torch device, or make random weights there (`load_format="dummy"`).
     positions: most tokens of one sequence. Raises ConfigError when the folder cannot be served."""
     spec = load_spec(folder)
+    if spec.quantization and load_format != "dummy":
+        raise ConfigError("quantised checkpoints are served on the CPU only (quantization_config)")
     weights: Weights
     if load_format == "dummy":
         weights = DummyWeights(dtype, spec.dtype, seed, device)

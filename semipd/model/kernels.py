@@ -59,6 +59,11 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_decode_attention.restype = None
     library.semipd_linear.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG]
     library.semipd_linear.restype = None
+    library.semipd_quantized_linear.argtypes = [
+        *(_POINTER, _POINTER, _LONG, _LONG, _LONG),
+        *(_POINTER, _LONG, _POINTER),
+    ]
+    library.semipd_quantized_linear.restype = None
     return library
 
 
@@ -69,6 +74,20 @@ class LinearShape(ctypes.Structure):
         *((name, _LONG) for name in ("inputs", "outputs", "pairs", "gated")),
         ("weight", _POINTER),
         ("bias", _POINTER),
+    )
+
+
+class QuantizedShape(ctypes.Structure):
+    """`Quantized` of csrc/quantized.h, which begins with a `Linear`."""
+
+    _fields_ = (
+        *((name, _LONG) for name in ("ignored_inputs", "outputs", "pairs", "gated")),
+        ("ignored_weight", _POINTER),
+        ("bias", _POINTER),
+        *((name, _LONG) for name in ("level", "bits", "inputs", "group", "zero")),
+        ("weight", _POINTER),
+        ("scale", _POINTER),
+        ("zeros", _POINTER),
     )
 
 

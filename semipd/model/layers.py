@@ -28,11 +28,12 @@ Compute = Callable[
 @dataclass(frozen=True)
 class Kind:
     """One way to hold and run linears. `linear(weight [outputs, inputs], bias)` gives x -> x W + b;
-    `gated(gate weight, gate bias, up weight, up bias)` gives x -> silu(gate(x)) * up(x)."""
+    `gated(gate weight, gate bias, up weight, up bias)` gives x -> silu(gate(x)) * up(x). Weights are
+    tensors; `quantized_kind` also takes quantised ones."""
 
     name: str
-    linear: Callable[[torch.Tensor, torch.Tensor | None], Compute]
-    gated: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None], Compute]
+    linear: Callable[..., Compute]
+    gated: Callable[..., Compute]
 
 
 class PlainLinear:

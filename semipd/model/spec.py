@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ class ModelSpec:
     """A decoder's shape; dense with grouped-query attention unless `moe` or `mla` says otherwise.
 
     sliding_layers: layers that see only the last `sliding_window` positions, themselves included.
-    dtype: what the checkpoint is stored in; empty when its config does not say.
+    dtype: what the checkpoint is stored in; empty when its config does not say. quantization: the config's
+    quantization_config, for those who load the weights.
     """
 
     family: str
@@ -120,6 +121,7 @@ class ModelSpec:
     bos_token_id: int | None = None
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
+    quantization: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -128,8 +130,6 @@ class ModelSpec:
         read = ConfigReader(config)
         family = _family(read)
         read.refuse_unless("hidden_act", "silu")
-        if config.get("quantization_config"):
-            raise ConfigError("quantised checkpoints are not supported (quantization_config)")
         hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
         head_dim = read.count("head_dim", 128 if family == "qwen3" else hidden // heads)
         kv_heads = read.count("num_key_value_heads", {"llama": heads, "mistral": 8}.get(family, 32))
@@ -160,6 +160,7 @@ class ModelSpec:
             dtype=_dtype(config),
             eos_token_ids=read.token_ids("eos_token_id"),
             bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
+            quantization=read.mapping("quantization_config"),
         )
         spec.check()
         return spec

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from semipd.core.errors import ConfigError
+from semipd.model.quantize import Matrix
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,10 @@ class Weights(Protocol):
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor, its own storage, in `dtype`. Raises ConfigError when it is missing or misshapen."""
+        ...
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """The weights of a linear layer, in the form that the checkpoint has them in."""
         ...
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
@@ -57,22 +62,37 @@ class SafetensorsWeights:
         self.dtype = _target(dtype, stored or self._stored(), device)
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in self._where:
-            raise ConfigError(f"{self._folder}: the weights lack {name}")
-        try:
-            tensor = self._where[name].get_tensor(name)
-        except SafetensorError as error:
-            raise ConfigError(f"{self._folder}: {name} cannot be read: {error}") from None
+        tensor = self.raw(name)
         if tuple(tensor.shape) != shape:
             raise ConfigError(f"{self._folder}: {name} has shape {list(tensor.shape)}, not {list(shape)}")
         if tensor.dtype not in DTYPES.values():
             raise ConfigError(f"{self._folder}: {name} is stored as {tensor.dtype}, which is not supported")
-        self._taken.add(name)
         return torch.empty(shape, dtype=self.dtype, device=self._device).copy_(tensor)
 
+    def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        return self.take(name, shape)
+
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return name in self._where
+
+    def left(self) -> set[str]:
+        """Names of the tensors that nothing has taken."""
+        return set(self._where) - self._taken
+
+    def raw(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored, which may be a view of the file; counts as taken."""
+        if name not in self._where:
+            raise ConfigError(f"{self._folder}: the weights lack {name}")
+        try:
+            tensor: torch.Tensor = self._where[name].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f"{self._folder}: {name} cannot be read: {error}") from None
+        self._taken.add(name)
+        return tensor
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
-        left = set(self._where) - self._taken - set(ignored)
-        left = {name for name in left if not _DERIVED.search(name)}
+        left = {name for name in self.left() - set(ignored) if not _DERIVED.search(name)}
         self._where.clear()
         self._files.clear()
         if left:
@@ -140,6 +160,9 @@ class DummyWeights:
         scale = 0.02 if len(shape) == 1 else 1.0 / math.sqrt(shape[1])
         empty = torch.empty(shape, dtype=self.dtype, device=self._device)
         return empty.normal_(0.0, scale, generator=generator)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        return self.take(name, shape)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Nothing can be left."""

@@ -111,7 +111,7 @@ def test_each_family_has_its_own_rule_for_windows(
         ({"architectures": None}, "architecture"),
         ({"architectures": "LlamaForCausalLM"}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"quantization_config": "awq"}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
