@@ -87,6 +87,7 @@ class FakeBackend:
     name: str = "fake GPU"
     units: int = UNITS
     parts: bool = True  # whether it can be partitioned
+    step: int = 8  # a partition is a multiple of this
     known: bool = True  # whether the SMs of each side are known
     free: int = 2**34
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -106,7 +107,7 @@ class FakeBackend:
         if not self.parts:
             return []
         pairs = []
-        for index, decode in enumerate(range(8, self.units, 8)):
+        for index, decode in enumerate(range(self.step, self.units, self.step)):
             sides = [(self.units - decode, range(decode, self.units)), (decode, range(decode))]
             prefill, small = (
                 Side(FakeStream(f"{units}"), units, index, self._sms(numbers)) for units, numbers in sides

@@ -1,0 +1,241 @@
+"""Measure a device through its executor: step times on every share, alone and beside the other phase.
+
+`measure` is what `semipd profile` runs; `StepTimer` is also the GPU benchmark's stop-watch. Times are the
+device's own, between events. Contents of the KV pool do not matter here, so decode steps run on contexts
+that were never computed; callers fill the pool with noise first, since zeros cost less power than data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from semipd.core.types import Batch, BlockAppend, Lane, Sampling, Slice, Split, StepResult
+from semipd.execute.cuda import CudaExecutor
+
+PREFILL_TOKENS = (512, 2048, 8192, 16384)
+DECODE_BATCHES = (1, 16, 64, 128, 256)
+DECODE_CONTEXTS = (1024, 4096, 16384)
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the executor can hold: slots, KV blocks of so many tokens, positions of a step, of a slot."""
+
+    slots: int
+    blocks: int
+    block_size: int
+    most_rows: int
+    max_length: int
+
+
+class StepTimer:
+    """Runs steps on an executor that nobody else uses, and tells their seconds.
+
+    Decode uses the lower slots, prefill the highest one."""
+
+    def __init__(self, executor: CudaExecutor, sizes: Sizes, vocabulary: int, seed: int = 0) -> None:
+        self.executor = executor
+        self.sizes = sizes
+        self._rng = np.random.default_rng(seed)
+        self._vocabulary = vocabulary
+        self._steps = itertools.count(1)
+
+    def can_decode(self, batch: int, context: int) -> bool:
+        per_slot = -(-(context + 1) // self.sizes.block_size)
+        fits = batch < self.sizes.slots and context < self.sizes.max_length
+        return fits and batch * per_slot < self.sizes.blocks - self._prefill_blocks()
+
+    def can_prefill(self, tokens: int) -> bool:
+        return tokens <= min(self.sizes.most_rows, self.sizes.max_length)
+
+    def decode(self, batch: int, context: int, repeats: int = REPEATS) -> list[float]:
+        """Seconds of each of `repeats` steps of one token for `batch` sequences; the first is left out."""
+        make = self._decode_batches(batch, context)
+        self._one(Lane.DECODE, next(make))
+        return [self._one(Lane.DECODE, next(make)) for _ in range(repeats)]
+
+    def prefill(self, tokens: int, repeats: int = REPEATS) -> list[float]:
+        """Seconds of each of `repeats` prompts of so many tokens; the first is left out."""
+        make = self._prefill_batches(tokens)
+        self._one(Lane.PREFILL, next(make))
+        return [self._one(Lane.PREFILL, next(make)) for _ in range(repeats)]
+
+    def beside(self, batch: int, context: int, tokens: int, repeats: int = REPEATS) -> tuple[float, float]:
+        """(median seconds of a decode step, of a prompt) while both lanes always have something to run."""
+        make = {
+            Lane.DECODE: self._decode_batches(batch, context),
+            Lane.PREFILL: self._prefill_batches(tokens),
+        }
+        seconds: dict[Lane, list[float]] = {lane: [] for lane in make}
+        in_flight = dict.fromkeys(make, 0)
+        while min(len(times) for times in seconds.values()) <= repeats:
+            for lane, batches in make.items():
+                while in_flight[lane] < 2:
+                    self.executor.submit(lane, next(batches))
+                    in_flight[lane] += 1
+            for result in self.executor.wait(None):
+                in_flight[result.lane] -= 1
+                seconds[result.lane].append(_seconds(result))
+        while any(in_flight.values()):
+            for result in self.executor.wait(None):
+                in_flight[result.lane] -= 1
+        decode, prefill = seconds[Lane.DECODE], seconds[Lane.PREFILL]
+        return statistics.median(decode[1:]), statistics.median(prefill[1:])
+
+    def _one(self, lane: Lane, batch: Batch) -> float:
+        self.executor.submit(lane, batch)
+        while not (results := self.executor.wait(None)):
+            pass
+        return _seconds(results[0])
+
+    def _prefill_blocks(self) -> int:
+        return -(-min(self.sizes.most_rows, self.sizes.max_length) // self.sizes.block_size)
+
+    def _decode_batches(self, batch: int, context: int) -> Iterator[Batch]:
+        """The same step again and again: a step can be run twice."""
+        per_slot = -(-(context + 1) // self.sizes.block_size)
+        appends = []
+        for slot in range(batch):
+            self._open(slot, context + 1)
+            first = slot * per_slot
+            appends.append(BlockAppend(slot, 0, tuple(range(first, first + per_slot))))
+        slices = tuple(Slice(slot, context, 1) for slot in range(batch))
+        yield Batch(next(self._steps), slices, tuple(appends))
+        while True:
+            yield Batch(next(self._steps), slices)
+
+    def _prefill_batches(self, tokens: int) -> Iterator[Batch]:
+        slot, blocks = self.sizes.slots - 1, self._prefill_blocks()
+        self._open(slot, tokens)
+        table = tuple(range(self.sizes.blocks - blocks, self.sizes.blocks))
+        piece = (Slice(slot, 0, tokens),)
+        yield Batch(next(self._steps), piece, (BlockAppend(slot, 0, table),))
+        while True:
+            yield Batch(next(self._steps), piece)
+
+    def _open(self, slot: int, tokens: int) -> None:
+        known = self._rng.integers(0, self._vocabulary, tokens)
+        self.executor.open(slot, known.tolist(), Sampling())
+
+
+def measure(timer: StepTimer, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Curves over shares, slowdowns beside each other, and what a switch costs, as plain data."""
+    device = timer.executor.device
+    rows: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": [], "beside": []}
+    splits = [*device.legal_splits, (0, device.units), (device.units, 0)]
+    for prefill, decode in splits:
+        timer.executor.resize(Split.pair(prefill, decode, device.units))
+        if prefill:
+            rows["prefill"] += _prefill_rows(timer, prefill)
+        if decode:
+            rows["decode"] += _decode_rows(timer, decode)
+        if prefill and decode:
+            rows["beside"] += _beside_rows(timer, prefill, decode)
+        say(f"{prefill}:{decode} of {device.units} {device.unit_kind}s done")
+    return {
+        "device": device.name,
+        "units": device.units,
+        "unit_kind": device.unit_kind,
+        **rows,
+        "switch_seconds": _switch_seconds(timer),
+        "graph_bytes": timer.executor.graphs.nbytes,
+        "curves": curves(rows["prefill"], rows["decode"], device.units),
+    }
+
+
+def curves(
+    prefill: Sequence[dict[str, Any]], decode: Sequence[dict[str, Any]], units: int
+) -> dict[str, list[list[float]]]:
+    """Entries `compute` and `memory` of a device file: [units, slowdown] of the longest prompt, and of the
+    decode step that reads most. Slowdowns are made to fall with units, whatever the noise."""
+    longest = max((row["tokens"] for row in prefill), default=0)
+    heaviest = max(((row["batch"] * row["context"], row["batch"]) for row in decode), default=(0, 0))
+    chosen = {
+        "compute": [row for row in prefill if row["tokens"] == longest],
+        "memory": [row for row in decode if (row["batch"] * row["context"], row["batch"]) == heaviest],
+    }
+    return {name: _slowdowns(rows, units) for name, rows in chosen.items()}
+
+
+def _slowdowns(rows: Sequence[dict[str, Any]], units: int) -> list[list[float]]:
+    seconds = {row["units"]: row["seconds"] for row in rows}
+    whole = seconds.pop(units, None)
+    if whole is None:
+        return []
+    points, least = [[float(units), 1.0]], 1.0
+    for share in sorted(seconds, reverse=True):
+        least = max(least, seconds[share] / whole)
+        points.append([float(share), round(least, 4)])
+    return points[::-1]
+
+
+def _prefill_rows(timer: StepTimer, units: int) -> list[dict[str, Any]]:
+    return [
+        {"units": units, "tokens": tokens, "seconds": statistics.median(timer.prefill(tokens))}
+        for tokens in PREFILL_TOKENS
+        if timer.can_prefill(tokens)
+    ]
+
+
+def _decode_rows(timer: StepTimer, units: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "units": units,
+            "batch": batch,
+            "context": context,
+            "seconds": statistics.median(timer.decode(batch, context)),
+        }
+        for batch, context in itertools.product(DECODE_BATCHES, DECODE_CONTEXTS)
+        if timer.can_decode(batch, context)
+    ]
+
+
+def _beside_rows(timer: StepTimer, prefill: int, decode: int) -> list[dict[str, Any]]:
+    rows = []
+    tokens = max((tokens for tokens in PREFILL_TOKENS[:2] if timer.can_prefill(tokens)), default=0)
+    for batch in (16, 128):
+        context = DECODE_CONTEXTS[0]
+        if not tokens or not timer.can_decode(batch, context):
+            continue
+        alone = statistics.median(timer.decode(batch, context))
+        prompt_alone = statistics.median(timer.prefill(tokens))
+        step, prompt = timer.beside(batch, context, tokens)
+        rows.append(
+            {
+                "prefill_units": prefill,
+                "decode_units": decode,
+                "batch": batch,
+                "context": context,
+                "tokens": tokens,
+                "decode_slowdown": step / alone,
+                "prefill_slowdown": prompt / prompt_alone,
+            }
+        )
+    return rows
+
+
+def _switch_seconds(timer: StepTimer) -> float:
+    """Median host seconds of `resize` between two splits."""
+    device = timer.executor.device
+    splits = device.legal_splits or ((device.units, device.units),)
+    times = []
+    for index in range(200):
+        split = Split.pair(*splits[index % len(splits)], device.units)
+        begin = time.perf_counter()
+        timer.executor.resize(split)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def _seconds(result: StepResult) -> float:
+    if result.error is not None:
+        raise RuntimeError(f"a measured step failed: {result.error}")
+    return result.finished - result.started
