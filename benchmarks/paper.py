@@ -1,11 +1,11 @@
 """The evaluation of semi-PD (arXiv 2504.19867) in simulation: goodput and latency of every policy.
 
 One cell is (model, workload, SLO, policy, seed): the rate at which 90% of the requests meet both targets,
-found by bisection, and the mean latency at four fixed rates. Cells are kept in a JSON-lines file and not
+found by bisection, and the mean latency at two fixed rates. Cells are kept in a JSON-lines file and not
 computed again, so a run can be stopped and resumed.
 
     python -m benchmarks.paper --cells benchmarks/results/paper.jsonl [--only 8b-sharegpt] [--seeds 0 1 2]
-    python -m benchmarks.paper --cells ... --table docs/results.md --plots docs/
+    python -m benchmarks.paper_table --cells benchmarks/results/paper.jsonl
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from semipd.bench.scenario import Scenario, find_goodput, simulate
 from semipd.config import PolicyConfig
 
 MAX_BATCH = 512
-RATES = (0.25, 0.5, 0.75, 1.0)  # of the case's nominal rate, for the latency curves
+RATES = (0.5, 0.8)  # of the case's nominal rate, for mean latencies
+PRECISION = 0.04  # of a goodput, relative
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ CASES: dict[str, Case] = {
     "8b-drifting": Case("llama3-8b", "a100-80g", "drifting", 6.0, {"tight": (0.6, 0.1)}),
 }
 ARRIVALS = {"8b-bursty": "gamma:3"}
-CHUNKS = (256, 512, 1024, 2048)
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of decode, for the static splits
+CHUNKS = (512, 1024, 2048)
+SHARES = (0.22, 0.3, 0.37, 0.45, 0.6)  # of decode, for the static splits
 
 
 def ways(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,7 +107,7 @@ def measure(name: str, slo: str, way: str, seed: int, requests: int | None) -> d
     )
     per = 2 if disaggregated else 1  # rates are per device that the others use
     begin = time.perf_counter()
-    best = find_goodput(scenario, policy)
+    best = find_goodput(scenario, policy, PRECISION)
     curve = []
     for factor in RATES:
         rate = factor * case.rate * per
@@ -149,7 +150,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--requests", type=int, help="per run (default: the case's own)")
-    parser.add_argument("--ways", nargs="*", help="only these policies")
+    parser.add_argument("--ways", nargs="*", help="only policies whose name starts with one of these")
+    parser.add_argument("--slos", nargs="*", help="only these SLOs")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     done = read_cells(options.cells)
@@ -159,7 +161,9 @@ def main() -> int:
         for name in options.only
         for slo in CASES[name].slos
         for way, _ in ways(CASES[name])
-        if (name, slo, way, seed) not in done and (not options.ways or way in options.ways)
+        if (name, slo, way, seed) not in done
+        and (not options.ways or way.startswith(tuple(options.ways)))
+        and (not options.slos or slo in options.slos)
     ]
     with ProcessPoolExecutor(options.workers) as pool, options.cells.open("a") as file:
         for row in pool.map(measure, *zip(*todo, strict=True)) if todo else ():

@@ -20,7 +20,7 @@ from semipd.bench import lengths, traces, workload
 from semipd.bench.report import json_line
 from semipd.bench.simulate import Summary, run
 from semipd.bench.timeline import Timeline
-from semipd.build import build_simulation
+from semipd.build import build_simulation, targets_of
 from semipd.config import PolicyConfig, from_mapping
 from semipd.core.errors import ConfigError
 from semipd.core.partition import Targets
@@ -92,9 +92,8 @@ def simulate(
     scenario: Scenario, policy: PolicyConfig, *, steady: bool = False, observers: Iterable[Observer] = ()
 ) -> dict[str, Any]:
     """Run the scenario; the result as plain data. steady: count only requests in the steady part."""
-    targets = {"default": Targets(policy.ttft_slo or math.inf, policy.tpot_slo or math.inf)}
     window = (STEADY[0] * scenario.span, STEADY[1] * scenario.span) if steady else (0.0, math.inf)
-    summary = Summary(targets, window)
+    summary = Summary(targets_of(policy), window)
     engine, clock = build_simulation(
         scenario.model,
         scenario.device,
@@ -111,12 +110,12 @@ def simulate(
     return summary.data()
 
 
-def find_goodput(scenario: Scenario, policy: PolicyConfig) -> dict[str, Any]:
-    """The highest rate at which `GOAL` of the requests meet both targets, by bisection, and the result
-    there. All rates see the same requests (common random numbers)."""
+def find_goodput(scenario: Scenario, policy: PolicyConfig, precision: float = PRECISION) -> dict[str, Any]:
+    """The highest rate at which `GOAL` of the requests meet both targets, by bisection to `precision`
+    (relative), and the result there. All rates see the same requests (common random numbers)."""
     if scenario.trace is not None:
         raise ConfigError("--find-goodput varies the rate; a trace has its own (--trace-speed scales it)")
-    if policy.ttft_slo is None and policy.tpot_slo is None:
+    if all(target == Targets() for target in targets_of(policy).values()):
         raise ConfigError("--find-goodput needs --ttft-slo or --tpot-slo")
 
     def at(rate: float) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def find_goodput(scenario: Scenario, policy: PolicyConfig) -> dict[str, Any]:
             low, high, best = low / 2.0, low, None
         if best is None:
             return {**at(1e-3), "goodput": 0.0}
-    while high - low > PRECISION * high:
+    while high - low > precision * high:
         middle = (low + high) / 2.0
         found = at(middle)
         if found["attainment"] >= GOAL:
