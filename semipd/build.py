@@ -312,25 +312,34 @@ def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None =
             return _semi_pd(settings, limits, device, cost)
 
 
+def targets_of(settings: PolicyConfig) -> dict[str, Targets]:
+    """Latency targets by service class; those of requests without a class are under "default"."""
+    default = {"default": Targets(settings.ttft_slo or math.inf, settings.tpot_slo or math.inf)}
+    return default | {
+        entry.name: Targets(entry.ttft or math.inf, entry.tpot or math.inf)
+        for entry in settings.classes or ()
+    }
+
+
 def _semi_pd(settings: PolicyConfig, limits: Limits, device: Device, cost: CostModel | None) -> Policy:
     """semi-pd under the controller that `--split` names."""
-    targets = Targets(settings.ttft_slo or math.inf, settings.tpot_slo or math.inf)
-    stated = settings.ttft_slo is not None or settings.tpot_slo is not None
+    targets = targets_of(settings)
+    stated = any(target != Targets() for target in targets.values())
     split = settings.split or ("auto" if stated and cost is not None else None)
     units = device.units
     if split == "auto":
         if cost is None:
             raise ConfigError(f"--split auto needs a cost model of {device.name}")
-        return Auto(limits, device, cost, {"default": targets})
+        return Auto(limits, device, cost, targets)
     if split == "shared" or not device.legal_splits:
         if split != "shared":
             log.info("%s cannot be split: both phases share it", device.name)
         return SemiPD(limits, Shared(units))
     if split == "paper":
-        if not stated:
+        if targets["default"] == Targets():
             raise ConfigError("--split paper needs --ttft-slo or --tpot-slo")
         smallest = min((min(pair) for pair in device.legal_splits), default=1)
-        return SemiPD(limits, Paper(units, targets, smallest))
+        return SemiPD(limits, Paper(units, targets["default"], smallest))
     if split is None:
         pairs = device.legal_splits
         return SemiPD(limits, Static(*pairs[len(pairs) // 2], units))

@@ -195,6 +195,9 @@ class ServerConfig:
     record_trace: str | None = _setting(
         None, "append times and lengths of requests to this file, for semipd simulate", metavar="FILE"
     )
+    metrics_alias: str | None = _setting(
+        None, "repeat the common metrics under this prefix", "choice", choices=("vllm",)
+    )
     log_level: str = _setting("info", "least severe message to log", "choice", choices=LOG_LEVELS)
 
 
@@ -339,7 +342,9 @@ def _classes(value: Any) -> tuple[ServiceClass, ...]:
 
 def _service_class(name: Any, fields: Any) -> ServiceClass:
     if not isinstance(name, str) or not _CLASS_NAME.fullmatch(name) or name in NEUTRAL_CLASSES:
-        raise ConfigError(f"{name!r} cannot name a service class (letters, digits, _ . -; not auto, default)")
+        raise ConfigError(
+            f"{name!r} cannot name a service class (letters, digits, _ . -; not auto, default)"
+        )
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{name}: write ttft, tpot and priority, not {fields!r}")
     for field_name in fields:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from semipd.build import Resolved, build_engine, resolve
+from semipd.build import Resolved, build_engine, resolve, targets_of
 from semipd.config import Config, ServerConfig, from_mapping
 from semipd.core.errors import ConfigError, EngineDead, Refused
 from semipd.serve.generation import Plan, RequestMaker, generate
@@ -87,11 +87,13 @@ class LLM:
 
     def _start(self, config: Config, model: ModelFolder, build: Build) -> None:
         self.tokenizer = Tokenizer(model.path) if (model.path / "tokenizer.json").is_file() else None
-        self._maker = RequestMaker(model, config.model.seed, config.cache.prefix_cache)
+        self._maker = RequestMaker(
+            model, config.model.seed, config.cache.prefix_cache, config.policy.classes or ()
+        )
         self._sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = (
             weakref.WeakKeyDictionary()
         )
-        self._thread: EngineThread | None = EngineThread(build)
+        self._thread: EngineThread | None = EngineThread(build, targets_of(config.policy))
 
     def generate(
         self,

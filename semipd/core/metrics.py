@@ -5,9 +5,11 @@ Counts are exact: one TTFT per request that got a token, one ITL per further tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from semipd.core.histogram import HistogramData, LogHistogram
+from semipd.core.partition import Targets
 from semipd.core.types import (
     Event,
     Finished,
@@ -39,15 +41,21 @@ class MetricsSnapshot:
     split: str
     histograms: dict[str, HistogramData]
     step_seconds: dict[str, HistogramData]  # by lane
+    # By service class with a target: requests that met both targets, and all that ended.
+    attained: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Metrics:
     """Hears every event on the planner thread; about 1 us a token.
 
     Attributes are histograms that may be read at any time on that thread; `snapshot` is for others.
+    targets: by service class, "default" for the rest. A class without any target is not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, targets: Mapping[str, Targets] | None = None) -> None:
+        self._targets = {name: target for name, target in (targets or {}).items() if target != Targets()}
+        self._classes = frozenset(targets or ())
+        self._attained = {name: [0, 0] for name in self._targets}
         self.ttft = LogHistogram(SECONDS)
         self.itl = LogHistogram(SECONDS)
         self.tpot = LogHistogram(SECONDS)
@@ -104,6 +112,7 @@ class Metrics:
             split=str(split) if split else "-",
             histograms={name: histogram.data() for name, histogram in self._named()},
             step_seconds={lane.value: histogram.data() for lane, histogram in self.step_seconds.items()},
+            attained={name: (met, ended) for name, (met, ended) in self._attained.items()},
         )
 
     def _named(self) -> tuple[tuple[str, LogHistogram], ...]:
@@ -163,6 +172,8 @@ class Metrics:
             self._stopped.discard(request.id)
             reason = FinishReason.STOP if reason is FinishReason.ABORT else reason
         self.finished[reason] += 1
+        if reason is not FinishReason.ABORT:  # a client that left has no opinion
+            self._count_attained(request, reason is not FinishReason.ERROR)
         if last is None or reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         tokens = len(request.output)
@@ -172,3 +183,15 @@ class Metrics:
         self.output_lengths.add(tokens)
         if tokens > 1:
             self.tpot.add((last - request.first_token_at) / (tokens - 1))
+
+    def _count_attained(self, request: Request, success: bool) -> None:
+        name = request.service_class if request.service_class in self._classes else "default"
+        targets = self._targets.get(name)
+        if targets is None:
+            return
+        counts = self._attained[name]
+        gaps = max(len(request.output) - 1, 1)
+        ttft = request.first_token_at - request.arrival
+        tpot = (request.last_token_at - request.first_token_at) / gaps
+        counts[0] += success and ttft <= targets.ttft and tpot <= targets.tpot
+        counts[1] += 1

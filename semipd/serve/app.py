@@ -22,14 +22,17 @@ from semipd.serve.service import Service
 METRICS_AGE = 0.2  # seconds; pages closer together show the same numbers
 
 
-def create_app(service: Service, version: str, api_key: str | None = None) -> FastAPI:
-    """The API of one served model."""
+def create_app(
+    service: Service, version: str, api_key: str | None = None, metrics_alias: str | None = None
+) -> FastAPI:
+    """The API of one served model. metrics_alias: a second prefix of the metrics."""
     app = FastAPI(title="semipd", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Guard, key=api_key)
     errors.install(app)
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_state(app, service, version)
+    _add_metrics(app, service, metrics_alias)
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
 
@@ -116,6 +119,10 @@ def _add_state(app: FastAPI, service: Service, version: str) -> None:
     async def show_version() -> Response:
         return _json({"version": version})
 
+
+def _add_metrics(app: FastAPI, service: Service, alias: str | None) -> None:
+    session = service.session
+
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
@@ -124,7 +131,7 @@ def _add_state(app: FastAPI, service: Service, version: str) -> None:
             stats = await session.stats(age=METRICS_AGE)
         except TimeoutError:
             raise ApiError(503, "the planner does not answer", "server_error", "busy") from None
-        return Response(render(stats, service.name), media_type="text/plain; version=0.0.4")
+        return Response(render(stats, service.name, alias), media_type="text/plain; version=0.0.4")
 
 
 def _json(value: Any) -> Response:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import setproctitle
 
-from semipd.build import build_engine
+from semipd.build import build_engine, targets_of
 from semipd.config import Config, from_mapping
 from semipd.core.engine import Engine
 from semipd.core.ports import Observer
@@ -66,7 +66,9 @@ def serve(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
-    planner = Planner(lambda observers: build(config, (*observers, *_recorders(config))))
+    planner = Planner(
+        lambda observers: build(config, (*observers, *_recorders(config))), targets_of(config.policy)
+    )
     outgoing: queue.SimpleQueue[Up | None] = queue.SimpleQueue()
     planner.listen(lambda message: outgoing.put(message))
     threading.Thread(target=_read, args=(incoming, planner), name="reader", daemon=True).start()

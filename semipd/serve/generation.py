@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from semipd.config import NEUTRAL_CLASSES, ServiceClass
 from semipd.core import keys
 from semipd.core.errors import Refused
 from semipd.core.types import Sampling
@@ -35,8 +36,17 @@ class Plan:
 class RequestMaker:
     """Checks prompts against a model and an engine, and makes requests of them."""
 
-    def __init__(self, model: ModelFolder, seed: int = 0, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        model: ModelFolder,
+        seed: int = 0,
+        prefix_cache: bool = True,
+        classes: Sequence[ServiceClass] = (),
+    ) -> None:
+        """classes: what requests may name as their service class."""
         self._model = model
+        self._classes = {entry.name for entry in classes}
+        self._by_priority = {entry.priority: entry.name for entry in classes if entry.priority is not None}
         self._prefix_cache = prefix_cache
         self._seed = seed
         self._seeded = itertools.count(1)  # its next() is atomic: plans are made on several threads
@@ -67,6 +77,7 @@ class RequestMaker:
     ) -> list[Submit]:
         most = self._max_tokens(ids, params, engine.limit)
         stop_tokens = self._stop_tokens(params)
+        service_class = self._service_class(params.service_tier, params.priority)
         sampling = Sampling(
             temperature=float(params.temperature or 0.0),
             top_p=float(1.0 if params.top_p is None else params.top_p),
@@ -87,6 +98,7 @@ class RequestMaker:
             keys=b"".join(chain),
             salt=root,
             age=age,
+            service_class=service_class,
         )
         seed = mix(self._seed, next(self._seeded)) if params.seed is None else params.seed
         return [_with_seed(first, mix(seed, choice) if choice else seed) for choice in range(params.n)]
@@ -111,6 +123,23 @@ class RequestMaker:
                 "max_tokens",
             )
         return room if params.max_tokens is None else params.max_tokens
+
+    def _service_class(self, tier: str | None, priority: int | None) -> str:
+        named = None if tier in NEUTRAL_CLASSES else tier
+        if named is not None and named not in self._classes:
+            known = ", ".join(sorted(self._classes)) or "none"
+            raise Refused(
+                f"service_tier {named[:64]!r} is no class of this server ({known})", "service_tier"
+            )
+        by_priority = None if priority is None else self._by_priority.get(priority)
+        if priority and by_priority is None:
+            known = ", ".join(map(str, sorted(self._by_priority))) or "none"
+            raise Refused(
+                f"no service class of this server has the priority {priority} ({known})", "priority"
+            )
+        if named is not None and by_priority not in (None, named):
+            raise Refused(f"the priority {priority} is that of {by_priority}, not of {named}", "priority")
+        return named or by_priority or "default"
 
     def _stop_tokens(self, params: SamplingParams) -> tuple[int, ...]:
         for token in params.stop_token_ids:

@@ -31,6 +31,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     keys: bytes
     salt: bytes | None
     age: float
+    service_class: str = "default"
 
     @property
     def prompt_tokens(self) -> int:
@@ -49,6 +50,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
             min_tokens=self.min_tokens,
             arrival=now - self.age,
             block_keys=[self.keys[at : at + KEY_BYTES] for at in range(0, len(self.keys), KEY_BYTES)],
+            service_class=self.service_class,
             salt=self.salt,
         )
 

@@ -23,6 +23,8 @@ class SamplingParams:
     stop: strings that end the text and are left out of it. stop_token_ids: token ids that do the same.
     ignore_eos: go on after end-of-sequence. min_tokens: none of these may end it earlier.
     max_tokens: None is as many as fit. n: continuations per prompt.
+    service_tier: name of a service class of the engine; "auto" and "default" say nothing.
+    priority: that of a service class, instead of its name; 0 says nothing where no class has it.
     Raises Refused, naming the field, when a value is out of bounds.
     """
 
@@ -37,6 +39,8 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = 16
     n: int = 1
+    service_tier: str | None = None
+    priority: int | None = None
 
     def __post_init__(self) -> None:
         _real("temperature", self.temperature, 0.0, 2.0)
@@ -49,6 +53,9 @@ class SamplingParams:
         _whole("max_tokens", self.max_tokens, 1, MAX_TOKEN_ID)
         _whole("min_tokens", _given("min_tokens", self.min_tokens), 0, MAX_TOKEN_ID)
         _whole("n", _given("n", self.n), 1, MAX_CHOICES)
+        _whole("priority", self.priority, -(2**31), 2**31 - 1)
+        if self.service_tier is not None and not isinstance(self.service_tier, str):
+            raise Refused("service_tier must be a string", "service_tier")
         if not isinstance(self.ignore_eos, bool):
             raise Refused("ignore_eos must be true or false", "ignore_eos")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from semipd.core.engine import Engine
 from semipd.core.errors import Refused, SemipdError
 from semipd.core.metrics import Metrics
+from semipd.core.partition import Targets
 from semipd.core.ports import ExecutorLost, Observer
 from semipd.core.types import Event, Finished, FinishReason, Lane, Launched, Stepped, Tokens
 from semipd.serve.messages import Abort, Ended, EngineInfo, LaneState, Lost, Stats, Step, Submit, Up
@@ -32,11 +33,12 @@ class Listener(Protocol):
 class Planner:
     """One engine and its loop. `run` builds it, serves until `close`, and takes it down again."""
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, targets: Mapping[str, Targets] | None = None) -> None:
+        """targets: by service class; what the metrics count as attained."""
         self._build = build
         self._outbox = _Outbox()
         self._heartbeat = _Heartbeat()
-        self._metrics = Metrics()
+        self._metrics = Metrics(targets)
         self._listeners: tuple[Listener, ...] = ()
         self._inbox: deque[Submit | Abort] = deque()
         self._asked = False

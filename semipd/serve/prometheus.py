@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from semipd.core.histogram import PER_OCTAVE, HistogramData
-from semipd.core.metrics import SECONDS
+from semipd.core.metrics import SECONDS, MetricsSnapshot
 from semipd.serve.messages import Stats
 
 PREFIX = "semipd:"
+_OWN_PREFIX = re.compile(rf"^(# (?:HELP|TYPE) |){PREFIX}", re.MULTILINE)
 # Ends of buckets, in octaves above the histogram's unit: 1 ms to 18 minutes by halves, 1 to 1 Mi tokens.
 _SECONDS_EDGES = [half * PER_OCTAVE // 2 for half in range(41)]
 _TOKENS_EDGES = [octave * PER_OCTAVE for octave in range(21)]
@@ -16,12 +18,16 @@ _TOKENS_EDGES = [octave * PER_OCTAVE for octave in range(21)]
 Labels = Mapping[str, str]
 
 
-def render(stats: Stats, model: str) -> str:
-    """The page for /metrics. Every sample carries the model's name."""
-    return "".join(_samples(stats, {"model_name": model}))
+def render(stats: Stats, model: str, alias: str | None = None) -> str:
+    """The page for /metrics. Every sample carries the model's name. alias: repeat what other servers have
+    as well under this prefix, for their dashboards."""
+    labels = {"model_name": model}
+    common = "".join(_common(stats, labels))
+    again = _OWN_PREFIX.sub(rf"\1{alias}:", common) if alias else ""
+    return common + "".join(_own(stats.metrics, labels)) + again
 
 
-def _samples(stats: Stats, model: Labels) -> Iterator[str]:
+def _common(stats: Stats, model: Labels) -> Iterator[str]:
     metrics = stats.metrics
     yield from _gauge("num_requests_running", "Requests that hold KV blocks", stats.running, model)
     yield from _gauge("num_requests_waiting", "Requests that wait to enter", stats.waiting, model)
@@ -42,18 +48,36 @@ def _samples(stats: Stats, model: Labels) -> Iterator[str]:
     )
     finished = [({"finished_reason": reason}, count) for reason, count in metrics.finished.items()]
     yield from _counter("request_success_total", "Requests that ended", finished, model)
+    for name, data in metrics.histograms.items():
+        yield from _head(name, _HELP[name], "histogram")
+        yield from _histogram(name, data, model)
+
+
+def _own(metrics: MetricsSnapshot, model: Labels) -> Iterator[str]:
     yield from _counter("partition_switches_total", "Changes of the split", [({}, metrics.switches)], model)
     busy = [({"phase": lane}, seconds) for lane, seconds in metrics.busy_seconds.items()]
     yield from _counter("phase_busy_seconds_total", "Time in steps", busy, model)
     yield from _head("partition_units", "Units of each phase under the present split", "gauge")
     for lane, units in metrics.units.items():
         yield _line("partition_units", {**model, "phase": lane}, units)
-    for name, data in metrics.histograms.items():
-        yield from _head(name, _HELP[name], "histogram")
-        yield from _histogram(name, data, model)
+    yield from _attainment(metrics.attained, model)
     yield from _head("step_seconds", "Time of one step", "histogram")
     for lane, data in metrics.step_seconds.items():
         yield from _histogram("step_seconds", data, {**model, "phase": lane})
+
+
+def _attainment(attained: Mapping[str, tuple[int, int]], model: Labels) -> Iterator[str]:
+    """Nothing while no class has a target. The counters allow a share over any time."""
+    if not attained:
+        return
+    yield from _head("slo_attainment", "Share of ended requests that met their targets, 0 to 1", "gauge")
+    for name, (met, ended) in attained.items():
+        if ended:
+            yield _line("slo_attainment", {**model, "class": name}, met / ended)
+    counts = [({"class": name}, met) for name, (met, _) in attained.items()]
+    yield from _counter("slo_met_total", "Requests that met their targets", counts, model)
+    counts = [({"class": name}, ended) for name, (_, ended) in attained.items()]
+    yield from _counter("slo_requests_total", "Requests that targets apply to", counts, model)
 
 
 _HELP = {

@@ -52,7 +52,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "prediction": _ABSENT,
     "presence_penalty": (0,),
-    "priority": (0,),
     "prompt_cache_key": _ABSENT,
     "prompt_embeds": _ABSENT,
     "prompt_logprobs": _ABSENT,
@@ -63,7 +62,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "safety_identifier": _ABSENT,
-    "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -109,6 +107,8 @@ class GenerationBody(_Body, kw_only=True):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     user: str | None = None
+    service_tier: str | None = None
+    priority: int | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):

@@ -57,7 +57,9 @@ def run_server(config: Config, limits: Limits = Limits(), engine_module: str = E
         try:
             tokenizer = Tokenizer(resolved.folder)
             chat = load_chat_template(resolved.folder, tokenizer)
-            maker = RequestMaker(folder, config.model.seed, config.cache.prefix_cache)
+            maker = RequestMaker(
+                folder, config.model.seed, config.cache.prefix_cache, config.policy.classes or ()
+            )
             service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits)
             return asyncio.run(_Server(config, service, listener).run())
         finally:
@@ -74,7 +76,7 @@ class _Server:
         self._listener = listener
         self._end = asyncio.Event()
         self._hurry = asyncio.Event()
-        app = create_app(service, package_version(), config.server.api_key)
+        app = create_app(service, package_version(), config.server.api_key, config.server.metrics_alias)
         self._http = http_server(app, service.gate.limits)
 
     async def run(self) -> int:

@@ -166,6 +166,8 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         min_tokens=body.min_tokens or 0,
         max_tokens=default if max_tokens is None else max_tokens,
         n=1 if body.n is None else body.n,
+        service_tier=body.service_tier,
+        priority=body.priority,
     )
 
 

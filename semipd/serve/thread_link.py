@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from semipd.core.errors import ConfigError, EngineDead
+from semipd.core.partition import Targets
 from semipd.serve.messages import Abort, Ask, EngineInfo, Lost, Submit, Up
 from semipd.serve.planner import Build, Planner
 
@@ -16,9 +17,9 @@ CLOSE_SECONDS = 10.0
 class EngineThread:
     """A planner on a thread of its own. Several links, one per event loop, may share it."""
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, targets: Mapping[str, Targets] | None = None) -> None:
         """Start it and wait until the engine is built. Raises what building raised."""
-        self.planner = Planner(build)
+        self.planner = Planner(build, targets)
         self.info: EngineInfo | None = None
         self._built = threading.Event()
         self.planner.listen(self._first_word)

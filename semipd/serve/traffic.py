@@ -42,8 +42,18 @@ def line(stats: Stats, last: Stats | None, seconds: float) -> str:
     return (
         f"prompt {prompt / seconds:.0f} tok/s, generation {generated / seconds:.0f} tok/s, "
         f"running {stats.running}, waiting {stats.waiting}, KV {100 * stats.kv_usage:.0f}%, "
-        f"prefix hits {share}, split {stats.metrics.split}"
+        f"prefix hits {share}, split {stats.metrics.split}{_attained(stats, last)}"
     )
+
+
+def _attained(stats: Stats, last: Stats | None) -> str:
+    """Share of the requests that ended in between which met their targets."""
+    met, ended = (
+        sum(counts[place] for counts in stats.metrics.attained.values())
+        - (sum(counts[place] for counts in last.metrics.attained.values()) if last else 0)
+        for place in (0, 1)
+    )
+    return f", SLO {100 * met / ended:.0f}%" if ended else ""
 
 
 def _produced(stats: Stats) -> tuple[int, int, int, int]:

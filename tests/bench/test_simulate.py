@@ -292,3 +292,16 @@ def test_a_request_that_never_fits_counts_as_missed(tmp_path: Path) -> None:
     result = simulate(Scenario(trace=path), PolicyConfig(split="shared"))
     assert (result["requests"], result["refused"], result["counted"]) == (1, 1, 2)
     assert result["attainment"] == 0.5
+
+
+def test_classes_of_a_trace_have_targets_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = (
+        {"time": row, "prompt_tokens": 500, "output_tokens": 8, "service_class": name}
+        for row, name in enumerate(("strict", "easy", "unknown", "easy"))
+    )
+    path = write_trace(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    classes = '{"strict": {"ttft": "1us"}, "easy": {"ttft": 60}}'
+    words = ("--trace", path, "--classes", classes, "--ttft-slo", "2us", "--split", "auto", "--json")
+    assert command(capsys, *words)["attainment"] == 0.5

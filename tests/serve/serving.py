@@ -11,6 +11,8 @@ from pathlib import Path
 
 import httpx
 
+from semipd.build import targets_of
+from semipd.config import PolicyConfig
 from semipd.serve.app import create_app
 from semipd.serve.chat import load_chat_template
 from semipd.serve.gate import Limits
@@ -45,15 +47,20 @@ def serving(
     api_key: str | None = None,
     limits: Limits = Limits(),
     sequences: int = 16,
+    policy: PolicyConfig = PolicyConfig(),
+    metrics_alias: str | None = None,
 ) -> Iterator[Serving]:
-    """Serve the folder's tokenizer over the executor's tokens until the block ends."""
-    engine_thread = EngineThread(lambda observers: make_engine(executor, observers, sequences=sequences))
+    """Serve the folder's tokenizer over the executor's tokens until the block ends. policy: its targets."""
+    engine_thread = EngineThread(
+        lambda observers: make_engine(executor, observers, sequences=sequences), targets_of(policy)
+    )
     session = Session(ThreadLink(engine_thread))
     model = read_model_folder(folder)
     tokenizer = Tokenizer(folder)
     chat = load_chat_template(folder, tokenizer)
-    service = Service("tiny", model, tokenizer, chat, RequestMaker(model), session, limits)
-    http = http_server(create_app(service, "1.2.3", api_key), limits)
+    maker = RequestMaker(model, classes=policy.classes or ())
+    service = Service("tiny", model, tokenizer, chat, maker, session, limits)
+    http = http_server(create_app(service, "1.2.3", api_key, metrics_alias), limits)
     listener = socket.create_server(("127.0.0.1", 0))
 
     async def main() -> None:
