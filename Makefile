@@ -2,6 +2,8 @@
 # make serve     serve the default model on 127.0.0.1:8000 (PORT=9000 for another, MODEL=folder)
 # make test      format check, lint, types, all tests
 # make test-all  the same and the slow tests
+# make test-gpu  tests that need a CUDA device, with PYTHON as it is (WHEELS=folder: unpack missing packages)
+# make bench-gpu the GPU benchmark, likewise (PARTS="steps offline mixed transformers profile")
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +11,7 @@ PORT ?= 8000
 MODEL ?=
 BIN := $(VENV)/bin
 
-.PHONY: install serve test test-all lint format
+.PHONY: install serve test test-all test-gpu bench-gpu lint format
 
 install: $(VENV)/.installed
 
@@ -36,3 +38,10 @@ test-all: lint
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# These two run where nothing of ours is installed; without a GPU they say so in one line and succeed.
+test-gpu:
+	WHEELS="$(WHEELS)" $(PYTHON) -m tests.gpu
+
+bench-gpu:
+	WHEELS="$(WHEELS)" $(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS))

@@ -103,7 +103,7 @@ class Backend(Protocol):
         ...
 
     def ops(self, model: DeviceModel, rows: int) -> Ops:
-        """Kernels for one lane with at most `rows` rows in a step."""
+        """Kernels for one lane with at most `rows` slices of one position in a step."""
         ...
 
     def memory(self) -> tuple[int, int]:

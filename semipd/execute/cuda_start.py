@@ -84,7 +84,7 @@ def start_cuda(
             LaneState(
                 lane,
                 model.buffers(most_rows, samples),
-                backend.ops(model, most_rows),
+                backend.ops(model, samples),
                 spec.layers,
             )
             for lane in LANES

@@ -22,7 +22,7 @@ _LOG2_E = math.log2(math.e)
 
 
 class TritonOps:
-    """Kernels on `device` for at most `rows` one-token rows of `heads` query heads in a step.
+    """Kernels on `device` for at most `rows` slices of one position in a step.
 
     Holds the scratch memory of split decode, so it belongs to one lane: two streams must not share it."""
 
