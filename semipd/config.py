@@ -192,6 +192,15 @@ class ServerConfig:
     port: int = _setting(8000, "port to listen on (0: any free one)", "integer", low=0, high=65535)
     served_model_name: str | None = _setting(None, "name in the API (default: the folder's name)")
     api_key: str | None = _setting(None, "clients must send it as a bearer token")
+    shutdown_timeout: float = _setting(
+        30.0, "how long SIGTERM waits for requests under way", "seconds", low=0, high=86400
+    )
+    max_queued_requests: int = _setting(
+        1024, "requests without a first token; more are refused (429)", "size", low=1, high=2**20
+    )
+    max_queued_tokens: int = _setting(
+        2**20, "their prompt tokens; more are refused (429)", "size", low=1, high=2**40
+    )
     record_trace: str | None = _setting(
         None, "append times and lengths of requests to this file, for semipd simulate", metavar="FILE"
     )

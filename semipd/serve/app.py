@@ -59,6 +59,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             "owned_by": "semipd",
             "root": service.name,
             "max_model_len": limit,
+            "vocab_size": service.model.vocabulary,
+            "suggestions": service.model.suggestions,
         }
 
     @app.get("/v1/models")
@@ -114,6 +116,21 @@ def _add_state(app: FastAPI, service: Service, version: str) -> None:
         service.gate.check_open()
         service.engine()
         return _json({"status": "ready"})
+
+    @app.get("/load")
+    async def load() -> Response:
+        """How much is under way, for load balancers: HTTP requests, and what waits for a first token."""
+        gate = service.gate
+        return _json(
+            {
+                "server_load": gate.active,
+                "queued_requests": gate.queued_requests,
+                "queued_tokens": gate.queued_tokens,
+                "max_queued_requests": gate.limits.queued_requests,
+                "max_queued_tokens": gate.limits.queued_tokens,
+                "draining": gate.draining,
+            }
+        )
 
     @app.get("/version")
     async def show_version() -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from semipd.config import ServerConfig
 from semipd.core.errors import Overloaded, SemipdError
 
 RETRY_SECONDS = 2
@@ -30,6 +31,15 @@ class Limits:
     headers: int = 64 * 2**10
     drain: float = 30.0
     request_timeout: float = 24 * 3600.0
+
+    @staticmethod
+    def of(server: ServerConfig) -> Limits:
+        """Those that are settings as set, the others at their defaults."""
+        return Limits(
+            queued_requests=server.max_queued_requests,
+            queued_tokens=server.max_queued_tokens,
+            drain=server.shutdown_timeout,
+        )
 
 
 class Gate:

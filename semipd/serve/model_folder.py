@@ -1,4 +1,5 @@
-"""What the front end must know of a model folder: vocabulary size, end-of-sequence ids, sampling defaults.
+"""What the front end must know of a model folder: vocabulary size, end-of-sequence ids, sampling defaults,
+what to ask it.
 
 Reads the JSON files of a Hugging Face model folder; never the weights."""
 
@@ -14,6 +15,8 @@ from semipd.core.errors import ConfigError, Refused
 from semipd.serve.params import Defaults, SamplingParams
 
 MAX_EOS = 16
+MAX_SUGGESTIONS = 8
+MAX_SUGGESTION = 200
 UNSUPPORTED_DEFAULTS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}
 
 log = logging.getLogger("semipd")
@@ -21,12 +24,15 @@ log = logging.getLogger("semipd")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """path: the folder. vocabulary: ids run from 0 to vocabulary - 1. eos: ids that end a sequence."""
+    """path: the folder. vocabulary: ids run from 0 to vocabulary - 1. eos: ids that end a sequence.
+
+    suggestions: questions that the model can answer, for people who meet it (suggestions.json)."""
 
     path: Path
     vocabulary: int
     eos: tuple[int, ...]
     defaults: Defaults
+    suggestions: tuple[str, ...] = ()
 
 
 def read_model_folder(path: str | Path) -> ModelFolder:
@@ -44,7 +50,7 @@ def read_model_folder(path: str | Path) -> ModelFolder:
     eos = _ids(generation.get("eos_token_id")) or _ids(text.get("eos_token_id"))
     if len(eos) > MAX_EOS:
         raise ConfigError(f"{folder}: {len(eos)} end-of-sequence ids; at most {MAX_EOS} can be used")
-    return ModelFolder(folder, vocabulary, eos, _defaults(folder, generation))
+    return ModelFolder(folder, vocabulary, eos, _defaults(folder, generation), _suggestions(folder))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -58,6 +64,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds no JSON object")
     return value
+
+
+def _suggestions(folder: Path) -> tuple[str, ...]:
+    """{"suggestions": [text, ...]}; what is too long or no text is left out."""
+    value = (read_json(folder / "suggestions.json") or {}).get("suggestions")
+    texts = value if isinstance(value, list) else []
+    short = [text for text in texts if isinstance(text, str) and 0 < len(text) <= MAX_SUGGESTION]
+    return tuple(short[:MAX_SUGGESTIONS])
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ SHOWN_PROMPT = "Once upon a time"
 log = logging.getLogger("semipd")
 
 
-def run_server(config: Config, limits: Limits = Limits(), engine_module: str = ENGINE_MODULE) -> int:
+def run_server(config: Config, engine_module: str = ENGINE_MODULE) -> int:
     """Serve until a signal ends it; returns the exit code. Raises ConfigError for what cannot work.
 
     Call on the main thread: the engine's process ends with the thread that started it."""
@@ -60,6 +60,7 @@ def run_server(config: Config, limits: Limits = Limits(), engine_module: str = E
             maker = RequestMaker(
                 folder, config.model.seed, config.cache.prefix_cache, config.policy.classes or ()
             )
+            limits = Limits.of(config.server)
             service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits)
             return asyncio.run(_Server(config, service, listener).run())
         finally:

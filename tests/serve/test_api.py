@@ -15,7 +15,11 @@ import httpx
 import openai
 import pytest
 
+from semipd.build import default_model
+from semipd.config import Config, from_mapping
+from semipd.core.errors import ConfigError
 from semipd.serve.gate import Limits
+from semipd.serve.model_folder import read_model_folder
 from tests.serve.fakes import LiveFake, eventually, make_folder, make_tokenizer
 from tests.serve.serving import Serving, serving
 
@@ -252,11 +256,26 @@ def test_state_routes(client: httpx.Client) -> None:
     assert client.get("/version").json() == {"version": "1.2.3"}
     model = client.get("/v1/models").json()["data"][0]
     assert (model["id"], model["max_model_len"]) == ("tiny", 256)
+    assert (model["vocab_size"], model["suggestions"]) == (400, [])
     assert client.get("/v1/models/tiny").status_code == 200
     description = client.get("/openapi.json").json()
     body = description["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]
     name = body["schema"]["$ref"].rpartition("/")[2]
     assert "max_tokens" in description["components"]["schemas"][name]["properties"]
+
+
+def test_a_folder_may_say_what_to_ask(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    texts = ["What is 17 + 25?", 5, "", "x" * 201, *(f"question {number}" for number in range(9))]
+    (folder / "suggestions.json").write_text(json.dumps({"suggestions": texts}))
+    assert read_model_folder(folder).suggestions == (
+        "What is 17 + 25?",
+        *(f"question {number}" for number in range(7)),
+    )
+    (folder / "suggestions.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"suggestions\.json"):
+        read_model_folder(folder)
+    assert len(read_model_folder(default_model()).suggestions) == 3
 
 
 def test_metrics_count_exactly(folder: Path) -> None:
@@ -365,7 +384,16 @@ def test_a_full_queue_refuses_before_tokenising(folder: Path) -> None:
         refused = client.post("/v1/completions", json=body)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
+        load = client.get("/load").json()
+        assert (load["server_load"], load["queued_requests"], load["max_queued_requests"]) == (3, 2, 2)
         assert [f.result()["usage"]["completion_tokens"] for f in (running_one, *queued)] == [15] * 3
+
+
+def test_bounds_of_the_queue_are_settings() -> None:
+    words = {"max-queued-requests": 7, "max-queued-tokens": "4K", "shutdown-timeout": "2m"}
+    limits = Limits.of(from_mapping(words).server)
+    assert (limits.queued_requests, limits.queued_tokens, limits.drain) == (7, 4096, 120.0)
+    assert Limits.of(Config().server) == Limits()
 
 
 def test_queued_prompt_tokens_are_bounded_too(folder: Path) -> None:
@@ -396,6 +424,7 @@ def test_a_key_is_needed_everywhere_but_for_probes(folder: Path) -> None:
             for path in (
                 "/v1/models",
                 "/metrics",
+                "/load",
                 "/version",
                 "/openapi.json",
                 "/health/",
