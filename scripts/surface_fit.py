@@ -155,7 +155,7 @@ def _solve(
     penalty = _penalty([(shape.pull, [len(line) for line in knots]) for shape, knots in frames], start)
     trust: Array = np.ones(len(target))
     aim = target
-    solution = np.zeros(start)
+    solution: Array = np.zeros(start)
     for _ in range(ROUNDS):
         normal, right = penalty.copy(), np.zeros(start)
         for column in range(index.shape[1]):
@@ -164,7 +164,7 @@ def _solve(
             counts = np.bincount(cell.ravel(), scaled.ravel(), minlength=start * start)
             normal += counts.reshape(start, start)
             right += np.bincount(index[:, column], weight[:, column] * trust * aim, minlength=start)
-        solution = np.linalg.solve(normal, right)
+        solution = np.asarray(np.linalg.solve(normal, right), np.float64)
         residual = target - (solution[index] * weight).sum(axis=1)
         trust = np.asarray(TOLERANCE / np.maximum(np.abs(residual), TOLERANCE), np.float64)
         hidden = at_floor & (residual > 0.0)
