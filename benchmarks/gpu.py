@@ -121,10 +121,7 @@ def load(shape: str, folder: Path) -> Setup:
         Shape(SLOTS, LONGEST, most_rows=most_rows, memory_share=0.9),
         load_format="dummy",
     )
-    kv = started.executor._storage.kv
-    with torch.inference_mode():
-        for layer in kv:
-            layer.normal_(0.0, 0.5)
+    started.executor.fill_with_noise()
     torch.cuda.synchronize()
     print(f"loaded in {time.perf_counter() - begin:.1f} s; KV pool of {started.blocks * 16} tokens")
     vocabulary = SHAPES[shape]["vocab_size"]

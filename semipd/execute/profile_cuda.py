@@ -8,6 +8,7 @@ that were never computed; callers fill the pool with noise first, since zeros co
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,10 @@ from typing import Any
 import numpy as np
 
 from semipd.core.types import Batch, BlockAppend, Lane, Sampling, Slice, Split, StepResult
+from semipd.execute.backend import Backend
 from semipd.execute.cuda import CudaExecutor
+from semipd.execute.cuda_start import Shape, start_cuda
+from semipd.model.spec import load_spec
 
 PREFILL_TOKENS = (512, 2048, 8192, 16384)
 DECODE_BATCHES = (1, 16, 64, 128, 256)
@@ -124,6 +128,23 @@ class StepTimer:
     def _open(self, slot: int, tokens: int) -> None:
         known = self._rng.integers(0, self._vocabulary, tokens)
         self.executor.open(slot, known.tolist(), Sampling())
+
+
+def profile_gpu(
+    backend: Backend, folder: str | os.PathLike[str], *, load_format: str = "auto", seed: int = 0
+) -> dict[str, Any]:
+    """Load a model, fill the KV pool with noise and `measure`. Takes minutes; the device must be idle."""
+    spec = load_spec(os.fspath(folder))
+    longest = min(spec.max_positions, max(PREFILL_TOKENS) + 1)
+    shape = Shape(max(DECODE_BATCHES) + 2, longest, most_rows=longest)
+    started = start_cuda(backend, folder, shape, load_format=load_format, seed=seed)
+    executor = started.executor
+    try:
+        executor.fill_with_noise(seed)
+        sizes = Sizes(shape.slots, started.blocks, shape.block_size, longest, longest)
+        return {"model": os.fspath(folder), **measure(StepTimer(executor, sizes, spec.vocabulary, seed))}
+    finally:
+        executor.close()
 
 
 def measure(timer: StepTimer, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -197,6 +197,9 @@ def load_device_model(
     spec = load_spec(folder)
     if spec.quantization and load_format != "dummy":
         raise ConfigError("quantised checkpoints are served on the CPU only (quantization_config)")
+    if spec.quantization or spec.moe is not None or spec.mla is not None:
+        kind = "quantised" if spec.quantization else "mixture-of-experts or latent-attention"
+        raise ConfigError(f"{folder}: {kind} models do not run on a GPU yet; use --device cpu")
     weights: Weights
     if load_format == "dummy":
         weights = DummyWeights(dtype, spec.dtype, seed, device)

@@ -63,3 +63,13 @@ def test_curves_never_rise_with_units() -> None:
         "compute": [[36.0, 1.5], [68.0, 1.5], [100.0, 1.0], [132.0, 1.0]],
         "memory": [],
     }
+
+
+def test_a_model_folder_is_all_it_takes(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_cuda, "PREFILL_TOKENS", (16,))
+    monkeypatch.setattr(profile_cuda, "DECODE_BATCHES", (1,))
+    folder = make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+    profile = profile_cuda.profile_gpu(FakeBackend(parts=False, free=4 * 10**9), folder)
+    assert [row["units"] for row in profile["prefill"]] == [UNITS] and profile["beside"] == []
