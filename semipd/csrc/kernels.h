@@ -21,8 +21,26 @@ typedef struct {
 typedef void AttendPart(const Pool *pool, const void *query, const int32_t *table, int64_t kv_head,
                         int64_t first, int64_t last, float *out, float *stats);
 
+/* out = x / rms(x) * weight; with delta, x += delta first. */
+typedef void NormRow(void *x, const void *delta, const void *weight, void *out, int64_t width, float eps);
+
+/* What turns a step's queries and keys. where: [rows, 2 * kv_heads], which row of a layer (seen as rows of
+   `dim`) each key and value belongs to. cosine, sine: [rows, dim / 2]. Norms are NULL in families without. */
 typedef struct {
-    AttendPart *attend_part[2]; /* float, bfloat16 */
+    int64_t level, half, rows, heads, kv_heads, dim;
+    const int64_t *where;
+    const float *cosine, *sine;
+    const void *query_norm, *key_norm;
+    float eps;
+} Rotation;
+
+typedef void RotateRow(const Rotation *rotation, int64_t row, void *qkv, const float *cosine, const float *sine,
+                       void *layer);
+
+typedef struct { /* each for float and for bfloat16 */
+    AttendPart *attend_part[2];
+    NormRow *norm_row[2];
+    RotateRow *rotate_row[2];
 } Kernels;
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

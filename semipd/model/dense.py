@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as functional
 
 from semipd.core.errors import ConfigError
-from semipd.model.attention import AttentionPlan, Pool, Ragged, attend, plan_attention, write_kv
+from semipd.model.attention import AttentionPlan, Pool, Ragged, attend, plan_attention
 from semipd.model.compiled import compiled_kind
 from semipd.model.kernels import Kernels, can_attend, load_kernels
-from semipd.model.layers import PLAIN, Compute, Kind, choose_kind, pad_rows, padded_rows, rms_norm
+from semipd.model.layers import PLAIN, Compute, Kind, choose_kind, pad_rows, padded_rows
 from semipd.model.quantize import METHODS, Matrix, quantized_kind, stack
 from semipd.model.quantized_weights import QuantizedWeights, read_format
-from semipd.model.rope import rope_frequencies, rope_tables, rotate
+from semipd.model.rope import rope_frequencies
+from semipd.model.row_ops import CompiledRowOps, Heads, PlainRowOps, Rotations, RowOps
 from semipd.model.spec import ModelSpec, load_spec
 from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
 
@@ -73,6 +74,8 @@ class DenseModel:
         self._norm = norm
         self._head = head
         self._frequencies, self._rope_factor = rope_frequencies(spec)
+        self._heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.norm_eps)
+        self._ops: RowOps = CompiledRowOps(kernels, dtype) if kernels else PlainRowOps(dtype)
 
     def kv_shape(self, blocks: int, block_size: int) -> tuple[int, ...]:
         """Shape of a KV pool in `dtype`: [layers, 2, blocks, kv_heads, block_size, head_dim]."""
@@ -83,71 +86,52 @@ class DenseModel:
         """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the
         rows to sample, float32 [n, vocabulary]. `boundary` is called before every large operation."""
         with torch.inference_mode():
-            rows = inputs.tokens.shape[0]
+            rows, ops, eps = inputs.tokens.shape[0], self._ops, self.spec.norm_eps
             hidden = functional.embedding(inputs.tokens, self._embedding)
             hidden = pad_rows(hidden, padded_rows(rows, self.dtype))
-            tables = rope_tables(inputs.positions, self._frequencies, self._rope_factor, self.dtype)
+            turns = ops.rotations(inputs.positions, self._frequencies, self._rope_factor, inputs.kv_rows)
             plans = {
                 window: plan_attention(inputs.ragged, Pool.of(kv), window, self._kernels)
                 for window in {layer.window for layer in self._layers}
             }
+            normed = ops.norm(hidden, self._layers[0].attention_norm, eps)
             for index, layer in enumerate(self._layers):
-                mixed = self._attention(
-                    layer, hidden, kv[index], inputs, tables, plans[layer.window], boundary
-                )
-                if index == len(self._layers) - 1:  # from here on only the sampled rows matter
+                last = index == len(self._layers) - 1
+                mixed = self._attention(layer, normed, kv[index], turns, plans[layer.window], boundary)
+                if last:  # from here on only the sampled rows matter
                     if not inputs.sample.shape[0]:
-                        break
-                    hidden, mixed = (
-                        self._sampled(hidden, inputs.sample),
-                        self._sampled(mixed, inputs.sample),
-                    )
+                        return torch.empty((0, self.spec.vocabulary), dtype=torch.float32)
+                    hidden = self._sampled(hidden, inputs.sample)
+                    mixed = self._sampled(mixed, inputs.sample)
                 boundary()
-                hidden = layer.output(mixed).add_(hidden)
-                hidden = self._mlp(layer, hidden, boundary)
-            return self._logits(hidden, inputs.sample.shape[0], boundary)
+                normed = ops.add_norm(hidden, layer.output(mixed), layer.mlp_norm, eps)
+                boundary()
+                activated = layer.gate_up(normed)
+                boundary()
+                following = self._norm if last else self._layers[index + 1].attention_norm
+                normed = ops.add_norm(hidden, layer.down(activated), following, eps)
+            boundary()
+            return self._head(normed)[: inputs.sample.shape[0]].float()
 
     def _attention(
         self,
         layer: Layer,
-        hidden: torch.Tensor,
+        normed: torch.Tensor,
         kv: torch.Tensor,
-        inputs: StepInputs,
-        tables: tuple[torch.Tensor, torch.Tensor],
+        turns: Rotations,
         plan: AttentionPlan,
         boundary: Callable[[], None],
     ) -> torch.Tensor:
-        """Normed, projected, rotated and attended: [padded rows, heads * head_dim]."""
-        spec, rows = self.spec, inputs.tokens.shape[0]
-        normed = rms_norm(hidden, layer.attention_norm, spec.norm_eps)
+        """Projected, rotated, stored and attended: [padded rows, heads * head_dim]."""
+        rows = turns.cosine.shape[0]
         boundary()
-        qkv = layer.qkv(normed)[:rows].view(rows, -1, spec.head_dim)
-        rotated = qkv[:, : spec.heads + spec.kv_heads]
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = rotated[:, : spec.heads], rotated[:, spec.heads :]
-            query.copy_(rms_norm(query, layer.query_norm, spec.norm_eps))
-            key.copy_(rms_norm(key, layer.key_norm, spec.norm_eps))
-        rotate(rotated, *tables)
+        qkv = layer.qkv(normed)[:rows].view(rows, -1, self.spec.head_dim)
+        self._ops.rotate_and_store(qkv, kv, turns, self._heads, layer.query_norm, layer.key_norm)
         boundary()
-        write_kv(qkv[:, spec.heads :], kv, inputs.kv_rows)
-        return pad_rows(attend(qkv[:, : spec.heads], kv, plan), hidden.shape[0])
-
-    def _mlp(self, layer: Layer, hidden: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
-        normed = rms_norm(hidden, layer.mlp_norm, self.spec.norm_eps)
-        boundary()
-        activated = layer.gate_up(normed)
-        boundary()
-        return layer.down(activated).add_(hidden)
+        return pad_rows(attend(qkv[:, : self.spec.heads], kv, plan), normed.shape[0])
 
     def _sampled(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return pad_rows(x.index_select(0, rows), padded_rows(rows.shape[0], self.dtype))
-
-    def _logits(self, hidden: torch.Tensor, rows: int, boundary: Callable[[], None]) -> torch.Tensor:
-        if not rows:
-            return torch.empty((0, self.spec.vocabulary), dtype=torch.float32)
-        normed = rms_norm(hidden, self._norm, self.spec.norm_eps)
-        boundary()
-        return self._head(normed)[:rows].float()
 
 
 def load_model(

@@ -57,6 +57,10 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_level.restype = ctypes.c_int
     library.semipd_decode_attention.argtypes = [_POINTER] * 4
     library.semipd_decode_attention.restype = None
+    library.semipd_norm.argtypes = [ctypes.c_int] * 2 + [_POINTER] * 4 + [_LONG] * 2 + [ctypes.c_float]
+    library.semipd_norm.restype = None
+    library.semipd_rotate.argtypes = [_POINTER] * 3
+    library.semipd_rotate.restype = None
     library.semipd_linear.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG]
     library.semipd_linear.restype = None
     library.semipd_quantized_linear.argtypes = [
@@ -88,6 +92,16 @@ class QuantizedShape(ctypes.Structure):
         ("weight", _POINTER),
         ("scale", _POINTER),
         ("zeros", _POINTER),
+    )
+
+
+class RotationShape(ctypes.Structure):
+    """`Rotation` of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, _LONG) for name in ("level", "half", "rows", "heads", "kv_heads", "dim")),
+        *((name, _POINTER) for name in ("where", "cosine", "sine", "query_norm", "key_norm")),
+        ("eps", ctypes.c_float),
     )
 
 

@@ -14,6 +14,7 @@ from semipd.model.compiled import CompiledGated, CompiledLinear, compiled_kind
 from semipd.model.dense import load_model
 from semipd.model.kernels import AMX, AVX512, Kernels, load_kernels
 from semipd.model.layers import PLAIN, PlainGated, PlainLinear
+from semipd.model.row_ops import CompiledRowOps, Heads, PlainRowOps
 from tests.checkpoints import make_checkpoint
 from tests.model.stepping import Bench
 
@@ -111,6 +112,52 @@ def test_decode_attention_ignores_what_it_may_not_see() -> None:
     layer[:, int(step.tables[0, 500 // 16]), :, 500 % 16 + 1 :] = torch.nan
     layer[:, torch.from_numpy(step.tables[0, : 401 // 16].astype(np.int64))] = torch.nan
     assert torch.equal(attend(q, layer, plan), clean)
+
+
+@pytest.mark.parametrize("kernels", levels(), ids=lambda kernels: f"level{kernels.level}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [5, 64, 896, 1000])
+def test_norms(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    compiled, plain = CompiledRowOps(kernels, dtype), PlainRowOps(dtype)
+    generator = torch.Generator().manual_seed(width)
+    x, delta, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (70, 70, 1))
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-5}
+    weight = weight[0]
+    torch.testing.assert_close(compiled.norm(x, weight, 1e-6), plain.norm(x, weight, 1e-6), **close)
+    ours, theirs = x.clone(), x.clone()
+    normed = compiled.add_norm(ours, delta, weight, 1e-5)
+    torch.testing.assert_close(normed, plain.add_norm(theirs, delta, weight, 1e-5), **close)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(compiled.norm(x[:1], weight, 1e-6), compiled.norm(x, weight, 1e-6)[:1])
+
+
+@pytest.mark.parametrize("kernels", levels(), ids=lambda kernels: f"level{kernels.level}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("shape", [(14, 2, 64), (3, 3, 80), (5, 1, 24), (2, 2, 2), (9, 3, 128)], ids=str)
+def test_rotation_and_storing(
+    kernels: Kernels, dtype: torch.dtype, normed: bool, shape: tuple[int, int, int]
+) -> None:
+    heads, kv_heads, head_dim = shape
+    generator = torch.Generator().manual_seed(head_dim)
+    qkv = torch.randn(37, heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
+    norms = [torch.randn(head_dim, generator=generator).to(dtype) if normed else None for _ in range(2)]
+    positions = torch.randint(0, 30000, (37,), generator=generator)
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2) / head_dim)
+    blocks, offsets = np.random.default_rng(0).permutation(40)[:37], np.arange(37) % 5
+    results = []
+    for ops in (CompiledRowOps(kernels, dtype), PlainRowOps(dtype)):
+        layer, rows = torch.zeros(2, 40, kv_heads, 5, head_dim, dtype=dtype), qkv.clone()
+        where = Pool.of(layer[None]).rows(blocks, offsets)
+        turns = ops.rotations(positions, frequencies, 1.0, where)
+        ops.rotate_and_store(rows, layer, turns, Heads(heads, kv_heads, head_dim, 1e-6), *norms)
+        results.append((rows[:, :heads].float(), layer.float()))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(
+            ours,
+            theirs,
+            **({"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 0.06}),
+        )
 
 
 LAYERS = [(1, 32), (100, 96), (96, 2080), (333, 64)]  # outputs, inputs; 2080 is more than one block deep
