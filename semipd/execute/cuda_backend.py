@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from semipd.execute.cuda_driver import CannotPartition, GreenContexts
 from semipd.model.device_model import DeviceModel
 from semipd.model.ops import Ops
 
+MOST_PAIRS = 17
 PROGRAMS_PER_SM = 32  # of the kernel that finds out which SMs a stream has
 
 log = logging.getLogger("semipd")
@@ -54,6 +56,9 @@ class CudaBackend:
     """GPU number `ordinal` of those that this process sees. Raises ConfigError when it cannot be used."""
 
     def __init__(self, ordinal: int = 0, partitioned: bool = True) -> None:
+        # Before the driver starts: with fewer hardware queues than streams, one lane's launches may queue
+        # up behind the other's.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         if not torch.cuda.is_available():
             raise ConfigError(
                 "torch sees no CUDA device here; use --device cpu, or install torch with CUDA"
@@ -72,8 +77,6 @@ class CudaBackend:
         self._partitioned = partitioned
         self._contexts: GreenContexts | None = None
         self._graph_pool = torch.cuda.graph_pool_handle()
-        # bf16 sums of a split matrix product are kept in float32, so that prompts and chunks agree better.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def whole(self, lane: Lane) -> Side:
         priority = -1 if lane is Lane.DECODE else 0
@@ -95,8 +98,10 @@ class CudaBackend:
     def _pairs(self, contexts: GreenContexts) -> list[Pair]:
         """One split per legal size of decode's side; those where the driver granted another size once."""
         sizes = contexts.granularity()
+        # As fine as the card allows, but no more than MOST_PAIRS of them: each costs two contexts.
+        step = -(-sizes.total // (MOST_PAIRS * sizes.step)) * sizes.step
         pairs: dict[int, Pair] = {}
-        for wanted in range(sizes.smallest, sizes.total - sizes.smallest + 1, sizes.step):
+        for wanted in range(max(sizes.smallest, step), sizes.total - sizes.smallest + 1, step):
             small, rest = contexts.pair(wanted)
             index = len(pairs)
             sides = [

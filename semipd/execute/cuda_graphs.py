@@ -65,7 +65,7 @@ class DecodeGraphs:
         self._budget = budget
         self._most_sides = most_sides
         self._graphs: dict[Side, dict[int, Graph]] = {}
-        self._wanted: list[Side] = []
+        self._wanted: list[tuple[Side, int]] = []
         self.nbytes = 0
         with torch.inference_mode():
             device = backend.device
@@ -80,7 +80,8 @@ class DecodeGraphs:
         if sizes is None:
             self._wish(side)
             return None
-        return next((graph for size, graph in sizes.items() if size >= rows), None)
+        size = min((size for size in sizes if size >= rows), default=None)
+        return None if size is None else sizes[size]
 
     def capture_all(self, sides: Sequence[Side]) -> None:
         """Capture these sides, in order, until the budget is used up. The device must be idle."""
@@ -90,17 +91,15 @@ class DecodeGraphs:
             pass
 
     def capture_next(self) -> bool:
-        """Capture one more side that was asked for; whether there was one. Blocks for a while."""
-        if not self._wanted:
+        """Capture one more graph of those that are wanted; whether there was one. Blocks for a while."""
+        if not self._wanted or self.nbytes >= self._budget:
             return False
-        side = self._wanted.pop(0)
+        side, rows = self._wanted.pop(0)
         before, _ = self._backend.memory()
-        # Largest first: its memory is then reused by the smaller ones.
-        graphs = {size: self._capture(side, size) for size in sorted(self._sizes, reverse=True)}
-        self._graphs[side] = dict(sorted(graphs.items()))
+        self._graphs[side][rows] = self._capture(side, rows)
         after, _ = self._backend.memory()
         self.nbytes += max(before - after, 0)
-        log.debug("graphs of %d SMs took %.0f MiB", side.units, (before - after) / 2**20)
+        log.debug("graph of %d rows on %d SMs: %.1f MiB", rows, side.units, (before - after) / 2**20)
         return True
 
     def replay(self, graph: Graph, packed: Packed) -> None:
@@ -118,9 +117,10 @@ class DecodeGraphs:
         return values
 
     def _wish(self, side: Side) -> None:
-        known = len(self._graphs) + len(self._wanted)
-        if side not in self._wanted and known < self._most_sides and self.nbytes < self._budget:
-            self._wanted.append(side)
+        if side not in self._graphs and len(self._graphs) < self._most_sides:
+            self._graphs[side] = {}
+            # Largest first: smaller ones then fit into the memory that it took.
+            self._wanted += [(side, size) for size in sorted(self._sizes, reverse=True)]
 
     def _capture(self, side: Side, rows: int) -> Graph:
         inputs, ids = self._inputs[: 3 * rows], self._ids[:rows]

@@ -14,14 +14,15 @@ _ROUNDS = 4096  # keeps every program busy long enough that the next ones go to 
 def smid_kernel(out, ROUNDS: tl.constexpr):
     """out[program] = number of its SM."""
     program = tl.program_id(0)
+    thread = tl.arange(0, 128)
     number = tl.inline_asm_elementwise(
-        "mov.u32 $0, %smid;", "=r,r", [program], dtype=tl.int32, is_pure=False, pack=1
+        "mov.u32 $0, %smid;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1
     )
     value = program
     for _ in range(ROUNDS):
         value = value * 1664525 + 1013904223
     # Stored, so that the compiler keeps the loop.
-    tl.store(out + program, number)
+    tl.store(out + program, tl.max(number, axis=0))  # all threads of a program share an SM
     tl.store(out + tl.num_programs(0) + program, value)
 
 

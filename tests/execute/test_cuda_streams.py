@@ -211,7 +211,7 @@ class TestGraphs:
         assert bench.backend.replays == 0 and set(bench.backend.captures) == before
         bench.executor.graphs._most_sides = 3
         bench.driver.run(Lane.DECODE, Slice(0, 21, 1))
-        bench.executor.wait(bench.backend.time + 0.1)
+        bench.executor.wait(bench.backend.time + 0.1)  # one graph after another, largest first
         assert {side.units for side in set(bench.backend.captures) - before} == {8}
         bench.driver.run(Lane.DECODE, Slice(0, 22, 1))
         assert bench.backend.replays == 1
