@@ -197,6 +197,8 @@ def _table(result: dict[str, Any]) -> Table:
     ):
         if key in result:
             table.add_row(label, shape.format(result[key]), "", "", "")
+    if result["refused"]:  # they count as missed, so an attainment may have no other reason
+        table.add_row("refused: too long", str(result["refused"]), "", "", "")
     return table
 
 

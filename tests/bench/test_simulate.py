@@ -282,7 +282,9 @@ def test_goodput_of_a_trace_is_refused(tmp_path: Path) -> None:
         find_goodput(scenario, PolicyConfig(ttft_slo=1.0))
 
 
-def test_a_request_that_never_fits_counts_as_missed(tmp_path: Path) -> None:
+def test_a_request_that_never_fits_counts_as_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Llama-3-8B has 8,192 positions."""
     rows = (
         {"time": 0, "prompt_tokens": 9000, "output_tokens": 8},
@@ -292,6 +294,8 @@ def test_a_request_that_never_fits_counts_as_missed(tmp_path: Path) -> None:
     result = simulate(Scenario(trace=path), PolicyConfig(split="shared"))
     assert (result["requests"], result["refused"], result["counted"]) == (1, 1, 2)
     assert result["attainment"] == 0.5
+    assert main(["simulate", "--trace", path]) == 0
+    assert "refused: too long" in capsys.readouterr().out
 
 
 def test_classes_of_a_trace_have_targets_of_their_own(
