@@ -28,12 +28,14 @@ from semipd.execute.choose import has_gpu
 from semipd.execute.clock import MonotonicClock
 from semipd.execute.cores import available_cores
 from semipd.execute.cost import StepCost, kv_capacity
-from semipd.execute.device_file import load_device
+from semipd.execute.device_file import DeviceFile, load_device
 from semipd.execute.sim import Isolated, SimExecutor, VirtualClock
+from semipd.execute.step_profile import ProfiledCost, shape_of
 from semipd.model.catalogue import CATALOGUE, named_spec
 from semipd.model.spec import ModelSpec, load_spec
 
 DEFAULT_CHUNK_TOKENS = 256
+GENERIC_CPU = "cpu-generic"  # what auto predicts with where this machine was not profiled
 DEFAULT_TRANSFER_BANDWIDTH = 64 * 10**9  # bytes per second: a PCIe 5 link
 DEFAULT_MEMORY_SHARE = 10  # one part in ten of the machine's memory
 DEFAULT_MEMORY_MOST = 2 * 1024**3
@@ -79,7 +81,8 @@ def resolve(config: Config) -> Resolved:
     else:
         from semipd.execute.cpu import cpu_device
 
-        make_policy(config.policy, cpu_device(len(cores)))  # what cannot work is refused before loading
+        known = cpu_device(len(cores))  # what cannot work is refused before loading
+        make_policy(config.policy, known, predictor(config.policy, spec, dtype, known))
         blocks, max_length = _pool(config, spec, dtype)
     name = config.server.served_model_name or config.model.model or folder.name
     return Resolved(config, folder, spec, name, device, dtype, blocks, max_length, cores)
@@ -92,7 +95,9 @@ def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) 
     settings = resolved.config
     executor, blocks, max_length = (_start_cuda if resolved.device == "cuda" else _start_cpu)(resolved)
     try:
-        policy = make_policy(settings.policy, executor.device)
+        known = executor.device
+        cost = predictor(settings.policy, resolved.spec, resolved.dtype, known)
+        policy = make_policy(settings.policy, known, cost)
     except ConfigError:
         executor.close()
         raise
@@ -176,7 +181,7 @@ def build_simulation(
     two_pools = settings.policy == "disaggregated"
     if two_pools and not whole_devices:
         hardware = hardware.varied(slower=2.0)  # half of everything, units kept
-    step_cost = StepCost(spec, hardware, tensor_parallel, pipeline_parallel)
+    step_cost = _step_cost(spec, hardware, tensor_parallel, pipeline_parallel)
     cost: CostModel = Isolated(step_cost, hardware.units) if two_pools else step_cost
     tokens = kv_capacity(spec, hardware, ranks) // (2 if two_pools and not whole_devices else 1)
     blocks = blocks or max(tokens // block_size, 1)
@@ -205,6 +210,41 @@ def model_folder(model: str | None) -> Path:
     """The local folder of a model: a path, or a hub id that is fetched (or found in the hub's cache)."""
     if model is None:
         return default_model()
+def _step_cost(
+    spec: ModelSpec, hardware: DeviceFile, tensor_parallel: int = 1, pipeline_parallel: int = 1
+) -> CostModel:
+    """Kernel by kernel, or by whole steps where the device file holds a profile of those."""
+    if hardware.steps is None:
+        return StepCost(spec, hardware, tensor_parallel, pipeline_parallel)
+    if tensor_parallel * pipeline_parallel > 1:
+        raise ConfigError(f"device {hardware.name} is a profile of one machine: no parallel degrees")
+    return _profiled(spec, hardware, _dtype("auto", spec), hardware.units)
+
+
+def _profiled(spec: ModelSpec, hardware: DeviceFile, dtype: str, units: int) -> CostModel:
+    assert hardware.steps is not None
+    steps = hardware.steps.scaled(shape_of(spec, _itemsize(dtype)))
+    return ProfiledCost(steps, hardware.step_seconds, hardware.sequence_seconds, units)
+
+
+def predictor(settings: PolicyConfig, spec: ModelSpec, dtype: str, device: Device) -> CostModel | None:
+    """What `auto` predicts with on a real device; None when the settings do not ask for auto, or nothing
+    is known of the device. Raises ConfigError for a bad device file."""
+    targets = any(target != Targets() for target in targets_of(settings).values())
+    chosen = settings.split == "auto" or (settings.split is None and targets)
+    name = settings.device_file or (GENERIC_CPU if device.unit_kind == "core" else None)
+    if name is None or not (settings.policy == "semi-pd" and chosen):
+        return None
+    hardware = load_device(name)
+    if hardware.unit_kind != device.unit_kind:
+        raise ConfigError(
+            f"--device-file: {hardware.name} has {hardware.unit_kind}s, not {device.unit_kind}s"
+        )
+    if hardware.steps is None:
+        return StepCost(spec, hardware, dtype=dtype)
+    return _profiled(spec, hardware, dtype, device.units)
+
+
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder

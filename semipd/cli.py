@@ -1,4 +1,4 @@
-"""The command line: serve, generate, chat, bench, simulate. Each command is imported when it is used."""
+"""The command line: serve, generate, chat, bench, simulate, profile; each loads when used."""
 
 from __future__ import annotations
 
@@ -75,11 +75,17 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     bench_serve.set_defaults(run=_bench_serve, parser=bench_serve)
     simulate = commands.add_parser("simulate", help="run the engine on a simulated device")
     simulate.set_defaults(run=_simulate, parser=simulate)
+    profile = commands.add_parser("profile", help="measure this machine for simulate and --split auto")
+    profile.set_defaults(run=_profile, parser=profile)
     # These commands define their options beside the code that reads them; only they load it.
     if words[:1] == ["simulate"]:
         from semipd.bench.scenario import add_options
 
         add_options(simulate)
+    if words[:1] == ["profile"]:
+        from semipd.bench.profile import add_options
+
+        add_options(profile)
     if words[:1] == ["chat"]:
         from semipd.chat import add_options
 
@@ -209,6 +215,12 @@ def _bench_serve(options: argparse.Namespace) -> int:
 
 def _simulate(options: argparse.Namespace) -> int:
     from semipd.bench.scenario import run_command
+
+    return run_command(options)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from semipd.bench.profile import run_command
 
     return run_command(options)
 

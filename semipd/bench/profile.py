@@ -1,0 +1,214 @@
+"""`semipd profile MODEL`: measure this machine and write a device file that `simulate` and `--split auto`
+predict with."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semipd.bench.profile_cpu import (
+    BATCHES,
+    Bench,
+    Slowdown,
+    affordable,
+    measure_alone,
+    measure_beside,
+    measure_engine,
+    new_pace,
+    steps_to_measure,
+)
+from semipd.bench.report import json_line
+from semipd.bench.step_fit import Fit, fit_prices
+from semipd.build import Resolved, build_engine, model_folder, resolve
+from semipd.config import from_mapping
+from semipd.core.errors import ConfigError
+from semipd.core.types import Lane, Work
+from semipd.execute.step_profile import Beside, ProfiledCost, StepProfile, shape_of, write_profile
+from semipd.flags import add_flags, check_fields, from_flags, setting
+from semipd.model.spec import load_spec
+
+LONGEST = 4096  # positions of a sequence that profiling needs at most
+SHARES = (0.6, 0.3, 0.1)  # of the time: steps alone, beside each other, under the planner
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Profile"""
+
+    out: str = setting("cpu.json", "device file to write")
+    seconds: float = setting(60.0, "about how long to measure", "number", low=0.5, high=3600)
+    load_format: str = setting("auto", "dummy: random weights", "choice", choices=("auto", "dummy"))
+    dtype: str = setting(
+        "auto", "auto, bfloat16 or float32", "choice", choices=("auto", "bfloat16", "float32")
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def profile(model: str | None, options: ProfileOptions) -> dict[str, Any]:
+    """Measure; the content of a device file. Raises ConfigError for a model that cannot be loaded."""
+    slots = BATCHES[-1]
+    settings = {
+        "model": model,
+        "device": "cpu",
+        "dtype": options.dtype,
+        "load_format": options.load_format,
+        "max_num_seqs": slots,
+        "prefix_cache": False,
+    }
+    longest = min(load_spec(model_folder(model)).max_positions, LONGEST)
+    resolved = resolve(from_mapping({**settings, "max_model_len": longest}))
+    pace = new_pace()
+    engine = build_engine(resolved, [pace])
+    try:
+        device = engine.executor.device
+        pool = engine.kv[Lane.DECODE]
+        vocabulary = resolved.spec.vocabulary
+        bench = Bench(engine.executor, engine.max_length, slots, pool.total, pool.block_size, vocabulary)
+        steps = steps_to_measure(engine.max_length, slots, pool.total * pool.block_size)
+        units = some_units(device.units)
+        steps = affordable(bench, steps, units, SHARES[0] * options.seconds)
+        timings = measure_alone(bench, steps, units, SHARES[0] * options.seconds)
+        fits = {count: fit_prices(rows) for count, rows in timings.items()}
+        shares = [*some_splits(device.legal_splits), (device.units, device.units)]
+        slowdowns = measure_beside(bench, shares, SHARES[1] * options.seconds, slots, engine.max_length)
+        paces = [
+            measure_engine(engine, pace, count, SHARES[2] * options.seconds / 3, vocabulary)
+            for count in (1, 8, 32)
+        ]
+    finally:
+        engine.executor.close()
+    return describe(resolved, fits, slowdowns, paces, device.switch_seconds)
+
+
+def some_units(units: int) -> list[int]:
+    """Numbers of units to measure on: powers of two and all of them."""
+    return sorted({2**power for power in range(units.bit_length()) if 2**power <= units} | {units})
+
+
+def some_splits(legal: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """The legal splits, or five spread over them when there are more."""
+    if len(legal) <= 5:
+        return list(legal)
+    return [legal[round(index * (len(legal) - 1) / 4)] for index in range(5)]
+
+
+def describe(
+    resolved: Resolved,
+    fits: dict[int, Fit],
+    slowdowns: list[Slowdown],
+    paces: list[tuple[float, Work]],
+    switch_seconds: float,
+) -> dict[str, Any]:
+    """The measurements as a device file. Peak and bandwidth are what the model's steps achieved."""
+    itemsize = 4 if resolved.dtype == "float32" else 2
+    shape = shape_of(resolved.spec, itemsize)
+    units = max(fits)
+    beside = [
+        entry
+        for found in slowdowns
+        for entry in (
+            Beside(found.prefill, found.decode, True, found.prompt),
+            Beside(found.decode, found.prefill, False, found.single),
+        )
+    ]
+    prices = {count: fit.prices for count, fit in fits.items()}
+    steps = StepProfile(Path(resolved.name).name, shape, prices, tuple(beside))
+    cost = ProfiledCost(steps)
+    prompt = Work(tokens=1024, context=1024, square=524288.0, sequences=1, sampled=1)
+    single = Work.decode(1, 32)
+    step_seconds, sequence_seconds = host_seconds(
+        [(work.sequences, taken - cost.seconds(work, units)) for taken, work in paces]
+    )
+    flops = shape["linear_flops"] * prompt.tokens / cost.seconds(prompt, units)
+    moved = (shape["linear_bytes"] + shape["head_bytes"]) / cost.seconds(single, units)
+    return {
+        "name": f"cpu-{_slug(Path(resolved.name).name)}",
+        "flops_bf16": round(flops),
+        "memory_bandwidth": round(moved),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "units": units,
+        "unit_kind": "core",
+        "depth": 2,
+        "switch_seconds": switch_seconds,
+        "step_seconds": step_seconds,
+        "sequence_seconds": sequence_seconds,
+        "source": f"semipd profile on {_cpu_name()}, {_today()}; peak and bandwidth as achieved by steps",
+        "steps": write_profile(steps),
+        "fit": {
+            "error_by_units": {
+                str(count): {
+                    "median": round(fit.median_error, 4),
+                    "largest": round(fit.largest_error, 4),
+                    "held_out_median": round(fit.held_out, 4),
+                }
+                for count, fit in fits.items()
+            },
+            "slowdown_spread": {f"{s.prefill}:{s.decode}": round(s.spread, 3) for s in slowdowns},
+        },
+    }
+
+
+def host_seconds(rows: list[tuple[int, float]]) -> tuple[float, float]:
+    """(per step, per sequence) from (sequences, seconds above the executor's own): least squares, neither
+    below 0."""
+    count = len(rows)
+    mean_x, mean_y = sum(x for x, _ in rows) / count, sum(y for _, y in rows) / count
+    spread = sum((x - mean_x) ** 2 for x, _ in rows)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in rows) / spread if spread else 0.0
+    slope = max(slope, 0.0)
+    start = mean_y - slope * mean_x
+    if start < 0.0:
+        start, slope = 0.0, max(sum(x * y for x, y in rows) / sum(x * x for x, _ in rows), 0.0)
+    return start, slope
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `semipd profile`."""
+    parser.add_argument("model", nargs="?", help="local folder or hub id (default: the model in the box)")
+    add_flags(parser, ProfileOptions)
+
+
+def run_command(namespace: argparse.Namespace) -> int:
+    """Measure, write the file, print its fit as one JSON line. Raises ConfigError."""
+    options = from_flags(ProfileOptions, namespace)
+    path = Path(options.out)
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(f"--out: cannot write {options.out}")
+    found = profile(namespace.model, options)
+    write_device(found, path)
+    shown = {key: found[key] for key in ("name", "units", "step_seconds", "sequence_seconds", "fit")}
+    sys.stdout.write(json_line({**shown, "out": options.out}) + "\n")
+    return 0
+
+
+def write_device(found: dict[str, Any], path: Path) -> None:
+    """As JSON. Raises ConfigError."""
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") or "model"
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or "a CPU"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

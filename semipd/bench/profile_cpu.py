@@ -1,0 +1,292 @@
+"""Measures steps of one model on this machine's cores: batches go straight to the executor, as the planner
+would send them, and the time is that between results as the planner gets them.
+
+Keys and values are whatever the pool holds: the time of a step does not depend on them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from semipd.bench.step_fit import Timing
+from semipd.core.engine import Engine
+from semipd.core.errors import SemipdError
+from semipd.core.ports import Executor
+from semipd.core.types import (
+    Batch,
+    BlockAppend,
+    Event,
+    Lane,
+    Request,
+    Sampling,
+    Slice,
+    Split,
+    StepResult,
+    Tokens,
+    Work,
+)
+
+PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+STARTS = (256, 1024)  # cached positions before a chunk
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (32, 512, 1536)
+PASSES = 2  # over all steps, in another order each time: other load on the machine comes and goes
+MOST = 40  # repetitions of a step in one pass
+BESIDE_PROMPTS = (64, 512)
+BESIDE_BATCHES = (1, 8, 16)
+BESIDE_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step to measure. pieces: (start, count, sample) of each sequence. pipelined: as decode and mixed
+    steps run, the next one submitted before this one is back; prompts wait for the planner."""
+
+    pieces: tuple[tuple[int, int, bool], ...]
+    pipelined: bool
+
+    @property
+    def work(self) -> Work:
+        return Work.of([Slice(0, *piece) for piece in self.pieces])
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest sequence."""
+        return max(start + count for start, count, _ in self.pieces)
+
+
+def decode_step(batch: int, context: int, sample: bool = True) -> Step:
+    """One position of each of `batch` sequences with `context` positions before it."""
+    return Step(((context, 1, sample),) * batch, pipelined=True)
+
+
+def prompt_step(tokens: int, start: int = 0, prompts: int = 1) -> Step:
+    """Prompts of `tokens` positions each, of which `start` are in the cache already."""
+    return Step(((start, tokens, True),) * prompts, pipelined=False)
+
+
+def steps_to_measure(longest: int, slots: int, pool_tokens: int) -> list[Step]:
+    """The steps that tell the prices apart, as far as the limits allow."""
+    steps = [prompt_step(tokens) for tokens in PROMPTS]
+    steps += [prompt_step(tokens, start) for tokens in (16, 64, 256) for start in STARTS]
+    steps += [prompt_step(64, prompts=4), prompt_step(256, prompts=3)]
+    steps += [decode_step(batch, context) for batch in BATCHES for context in CONTEXTS]
+    steps += [decode_step(batch, 32, sample=False) for batch in (1, 4, 16, 64)]
+    for batch, chunk, start in ((4, 60, 0), (8, 24, 256), (8, 248, 0), (16, 112, 256)):
+        steps.append(Step((((256, 1, True),) * batch) + ((start, chunk, False),), pipelined=True))
+
+    def fits(step: Step) -> bool:
+        tokens = len(step.pieces) * (step.length + 16)
+        return step.length < longest and len(step.pieces) <= slots and tokens <= pool_tokens
+
+    return [step for step in steps if fits(step)]
+
+
+@dataclass
+class Bench:
+    """Sends batches to an executor. longest, slots, blocks, block_size: the shape of its storage."""
+
+    executor: Executor
+    longest: int
+    slots: int
+    blocks: int
+    block_size: int
+    vocabulary: int
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _open: list[int] = field(default_factory=list)
+    _next_block: int = 0
+
+    def prepare(self, step: Step) -> Callable[[], Batch]:
+        """Open slots for the step's sequences; what is returned makes a new batch of it each time."""
+        slices, appends = [], []
+        generator = random.Random(len(step.pieces))
+        for start, count, sample in step.pieces:
+            slot = len(self._open)
+            known = [generator.randrange(self.vocabulary) for _ in range(start + count)]
+            self.executor.open(slot, known, Sampling())
+            self._open.append(slot)
+            need = -(-(start + count) // self.block_size)
+            appends.append(BlockAppend(slot, 0, tuple(range(self._next_block, self._next_block + need))))
+            self._next_block += need
+            slices.append(Slice(slot, start, count, sample))
+        first = iter([tuple(appends)])
+        work = Work.of(slices)
+        return lambda: Batch(next(self._numbers), tuple(slices), next(first, ()), (), work)
+
+    def clear(self) -> None:
+        """Close all slots. Nothing may be in flight."""
+        for slot in self._open:
+            self.executor.close_slot(slot)
+        self._open.clear()
+        self._next_block = 0
+
+    def time(self, step: Step, units: int, seconds: float) -> list[float]:
+        """Seconds of each of some repetitions on `units`, for about so long."""
+        lane = Lane.DECODE if step.pipelined else Lane.PREFILL
+        total = self.executor.device.units
+        rest = {Lane.PREFILL: 0, Lane.DECODE: 0}
+        self.executor.resize(Split({**rest, lane: units}, total))
+        found = self._run({lane: step}, seconds)[lane]
+        self.clear()
+        return found
+
+    def time_beside(self, prompt: Step, decode: Step, split: Split, seconds: float) -> tuple[float, float]:
+        """Mean seconds of both while both go on all the time."""
+        self.executor.resize(split)
+        found = self._run({Lane.PREFILL: prompt, Lane.DECODE: decode}, seconds)
+        self.clear()
+        return statistics.fmean(found[Lane.PREFILL]), statistics.fmean(found[Lane.DECODE])
+
+    def _run(self, steps: dict[Lane, Step], seconds: float) -> dict[Lane, list[float]]:
+        """Keep every lane busy for so long, or until each has a repetition to show. The first one warms up
+        and does not count unless it is the only one."""
+        make = {lane: self.prepare(step) for lane, step in steps.items()}
+        begin = time.monotonic()
+        last = dict.fromkeys(steps, begin)
+        found: dict[Lane, list[float]] = {lane: [] for lane in steps}
+        in_flight = 0
+        for lane, step in steps.items():
+            for _ in range(2 if step.pipelined else 1):
+                self.executor.submit(lane, make[lane]())
+                in_flight += 1
+        going, wanted = True, len(steps)
+        while in_flight:
+            for result in self.executor.wait(None):
+                in_flight -= 1
+                _check(result)
+                now = time.monotonic()
+                if going or not found[result.lane]:
+                    found[result.lane].append(now - last[result.lane])
+                last[result.lane] = now
+                least = min(map(len, found.values()))
+                over = now - begin > seconds or (wanted == 1 and least > MOST)
+                going = going and (not over or least < wanted)
+                if going:
+                    self.executor.submit(result.lane, make[result.lane]())
+                    in_flight += 1
+        return {lane: values[1:] or values for lane, values in found.items()}
+
+
+def _check(result: StepResult) -> None:
+    if result.error is not None or result.attempts != 1:
+        raise SemipdError(f"a step failed while measuring: {result.error or 'its worker died'}")
+
+
+def affordable(bench: Bench, steps: Sequence[Step], units: Sequence[int], seconds: float) -> list[Step]:
+    """Those of the steps that take at most a thirtieth of the time each, judged by one prompt."""
+    probe = next(step for step in reversed(steps[:5]) if not step.pipelined)
+    token = min(bench.time(probe, min(units), 0.0)) / probe.work.tokens
+    return [step for step in steps if step.work.tokens * token <= seconds / 30 or step.work.tokens <= 64]
+
+
+def measure_alone(
+    bench: Bench, steps: Sequence[Step], units: Sequence[int], seconds: float
+) -> dict[int, list[Timing]]:
+    """The median seconds of each step on each number of units, in about so many seconds in all."""
+    deadline = time.monotonic() + seconds
+    each = seconds / (PASSES * len(steps) * len(units))
+    samples: dict[tuple[int, int], list[float]] = {}
+    jobs = [(index, count) for index in range(len(steps)) for count in units]
+    order = random.Random(0)
+    for _ in range(PASSES):
+        order.shuffle(jobs)
+        for index, count in jobs:
+            if (index, count) in samples and time.monotonic() > deadline:
+                continue
+            samples.setdefault((index, count), []).extend(bench.time(steps[index], count, each))
+    return {
+        count: [
+            Timing(step.work, statistics.median(samples[index, count])) for index, step in enumerate(steps)
+        ]
+        for count in units
+    }
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """How many times as long prompts and decode steps take while both run on these shares, as geometric
+    means over pairs of steps, and the largest deviation from them as a ratio."""
+
+    prefill: int
+    decode: int
+    prompt: float
+    single: float
+    spread: float
+
+
+def measure_beside(
+    bench: Bench, shares: Iterable[tuple[int, int]], seconds: float, slots: int, longest: int
+) -> list[Slowdown]:
+    """Each pair of steps on each pair of shares, beside each other and alone on the same units."""
+    prompts = [prompt_step(tokens) for tokens in BESIDE_PROMPTS if tokens < longest]
+    context = min(BESIDE_CONTEXT, longest // 2)
+    decodes = [decode_step(batch, context) for batch in BESIDE_BATCHES if batch < slots]
+    shares = list(shares)
+    each = seconds / (len(shares) * len(prompts) * len(decodes) * 3)
+    total = bench.executor.device.units
+    found = []
+    for first, second in shares:
+        logs: tuple[list[float], list[float]] = ([], [])
+        for prompt, decode in itertools.product(prompts, decodes):
+            alone = (
+                statistics.fmean(bench.time(prompt, first, each / 2)),
+                statistics.fmean(bench.time(decode, second, each / 2)),
+            )
+            both = bench.time_beside(prompt, decode, Split.pair(first, second, total), 2.0 * each)
+            for kind in (0, 1):
+                logs[kind].append(math.log(both[kind] / alone[kind]))
+        means = [statistics.fmean(values) for values in logs]
+        spread = max(
+            abs(value - mean) for values, mean in zip(logs, means, strict=True) for value in values
+        )
+        found.append(Slowdown(first, second, math.exp(means[0]), math.exp(means[1]), math.exp(spread)))
+    return found
+
+
+@dataclass
+class _Pace:
+    """Observes the time of every decode step's tokens."""
+
+    times: list[float] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Tokens):
+            self.times.append(event.now)
+
+
+def measure_engine(
+    engine: Engine, pace: _Pace, sequences: int, seconds: float, vocabulary: int
+) -> tuple[float, Work]:
+    """(mean seconds, mean work) of decode steps under the planner, `sequences` at a time."""
+    length = engine.max_length // 2
+    generator = random.Random(sequences)
+    names = [f"{sequences}-{index}" for index in range(sequences)]
+    for name in names:
+        prompt = [generator.randrange(vocabulary) for _ in range(16)]
+        now = engine.clock.now()
+        engine.add(Request(name, prompt, length - 16, Sampling(), arrival=now))
+    while len(engine.live.decoding) < sequences:
+        engine.step()
+    pace.times.clear()
+    begin = sum(request.computed for request in engine.live.decoding)
+    until = engine.clock.now() + seconds
+    while engine.clock.now() < until and len(engine.live.decoding) == sequences:
+        engine.step(until)
+    end = sum(request.computed for request in engine.live.decoding)
+    taken = (pace.times[-1] - pace.times[0]) / max(len(pace.times) - 1, 1)
+    for name in names:
+        engine.abort(name)
+    while not engine.idle:
+        engine.step()
+    return taken, Work.decode(sequences, max((begin + end) // 2, sequences))
+
+
+def new_pace() -> _Pace:
+    """The observer that `measure_engine` needs on its engine."""
+    return _Pace()
