@@ -13,9 +13,9 @@ from semipd.core.engine import Engine
 from semipd.core.histogram import PER_OCTAVE, LogHistogram
 from semipd.core.kv import BlockPool
 from semipd.core.metrics import Metrics
-from semipd.core.partition import Static
+from semipd.core.partition import Static, Targets
 from semipd.core.policies import Limits, SemiPD
-from semipd.core.types import FinishReason, Lane, Request
+from semipd.core.types import Finished, FinishReason, Lane, Request
 from tests.execute.fake import FakeExecutor
 
 
@@ -157,3 +157,34 @@ def test_a_snapshot_is_a_copy_by_lane() -> None:
     assert snapshot.histograms["inter_token_latency_seconds"].count == 4
     assert snapshot.finished == {"stop": 0, "length": 1, "abort": 0, "error": 0}
     assert Metrics().snapshot().split == "-"
+
+
+def ended(
+    name: str, ttft: float, tpot: float, tokens: int = 5, reason: FinishReason = FinishReason.LENGTH
+) -> Finished:
+    """A request of class `name` that ended so, one second after the clock's start."""
+    request = Request("r", range(9), 64, arrival=1.0, service_class=name)
+    request.output = [7] * tokens
+    if tokens:
+        request.first_token_at = 1.0 + ttft
+        request.last_token_at = 1.0 + ttft + (tokens - 1) * tpot
+    request.finish_reason = reason
+    return Finished(9.0, request)
+
+
+def test_attainment_is_counted_for_classes_with_a_target() -> None:
+    metrics = Metrics({"default": Targets(ttft=0.5), "fast": Targets(0.1, 0.01), "free": Targets()})
+    for event in (
+        ended("default", 0.4, 9.0),
+        ended("nobody knows it", 0.6, 0.0),  # counts as default
+        ended("fast", 0.09, 0.009),
+        ended("fast", 0.09, 0.02),
+        ended("fast", 0.2, 0.001),
+        ended("fast", 0.05, 0.0, tokens=1),  # without a second token there is no TPOT to miss
+        ended("fast", 0.0, 0.0, tokens=0, reason=FinishReason.ERROR),
+        ended("fast", 9.0, 9.0, reason=FinishReason.ABORT),  # the client left
+        ended("free", 9.0, 9.0),
+    ):
+        metrics(event)
+    assert metrics.snapshot().attained == {"default": (1, 2), "fast": (2, 5)}
+    assert run(Request("a", range(9), 5)).snapshot().attained == {}
