@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 
-from semipd.model.kernels import DecodeParts, Kernels
+from semipd.model.kernels import DecodeParts, Kernels, PrefillTiles, can_tile
 
 TILE = 256  # query rows that share one call when a mask is needed
 GATHER_BYTES = 2**24  # one-token slices share a call up to this many gathered bytes
@@ -102,6 +102,7 @@ class AttentionPlan:
     decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillSlice, ...]
     parts: DecodeParts | None = None  # instead of `decode`, for the compiled kernel
+    tiles: tuple[PrefillTiles, ...] = ()  # instead of `prefill`, likewise
 
 
 def plan_attention(
@@ -111,7 +112,7 @@ def plan_attention(
     sees, itself included."""
     single = ragged.counts == 1
     first_rows = np.cumsum(ragged.counts) - ragged.counts
-    decode, prefill, parts = [], [], None
+    decode, prefill, tiles, parts = [], [], [], None
     if kernels is not None and single.any():
         parts = DecodeParts(
             kernels, first_rows[single], ragged.starts[single], ragged.tables[single], window
@@ -124,9 +125,15 @@ def plan_attention(
             for part in _parts(members, int(size), pool):
                 rows = None if part.size == single.size else torch.from_numpy(first_rows[part])
                 decode.append(_decode_group(ragged, rows, part, int(size), pool, window))
+    tiled = can_tile(kernels, pool.head_dim, pool.dtype)
     for index in np.flatnonzero(~single):
+        if kernels is not None and tiled:
+            start, count = int(ragged.starts[index]), int(ragged.counts[index])
+            row, table = int(first_rows[index]), ragged.tables[index]
+            tiles.append(PrefillTiles(kernels, row, start, count, table, window))
+            continue
         prefill.append(_prefill_slice(ragged, int(first_rows[index]), int(index), pool, window))
-    return AttentionPlan(ragged, pool, window, tuple(decode), tuple(prefill), parts)
+    return AttentionPlan(ragged, pool, window, tuple(decode), tuple(prefill), parts, tuple(tiles))
 
 
 def attend(q: torch.Tensor, layer: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
@@ -138,6 +145,8 @@ def attend(q: torch.Tensor, layer: torch.Tensor, plan: AttentionPlan) -> torch.T
     out = q.new_empty(q.shape)
     if plan.parts is not None:
         plan.parts.attend(q, layer, out)
+    for tile in plan.tiles:
+        tile.attend(q, layer, out)
     for group in plan.decode:
         n = group.mask.shape[0]
         keys, values = pages.index_select(0, group.pages).view(2, n, kv_heads, -1, head_dim)

@@ -17,7 +17,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-PART = 256  # positions of a context that one work item attends to (csrc/decode_attention.c)
+PART = 256  # positions at a time (csrc/decode_attention.c, csrc/prefill_attention.c)
 MOST_GROUP = 64  # query heads per KV head
 MOST_HEAD_DIM = 256
 LANES = 16
@@ -57,6 +57,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_level.restype = ctypes.c_int
     library.semipd_decode_attention.argtypes = [_POINTER] * 4
     library.semipd_decode_attention.restype = None
+    library.semipd_prefill_attention.argtypes = [_POINTER] * 4
+    library.semipd_prefill_attention.restype = None
     library.semipd_norm.argtypes = [ctypes.c_int] * 2 + [_POINTER] * 4 + [_LONG] * 2 + [ctypes.c_float]
     library.semipd_norm.restype = None
     library.semipd_rotate.argtypes = [_POINTER] * 3
@@ -116,6 +118,56 @@ class _DecodePlan(ctypes.Structure):
         ("scratch", _POINTER),
         ("scale", ctypes.c_float),
     )
+
+
+class _PrefillPlan(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("kv_heads", "heads", "head_dim", "block_size", "value_offset")),
+        *((name, _LONG) for name in ("query_stride", "row", "first_position", "count", "window", "base")),
+        ("padded", _LONG),
+        ("table", _POINTER),
+        ("packed", _POINTER),
+        ("scale", ctypes.c_float),
+    )
+
+
+class PrefillTiles:
+    """A longer slice of a step on tile registers: what every layer's call needs."""
+
+    def __init__(
+        self, kernels: Kernels, row: int, start: int, count: int, table: np.ndarray, window: int | None
+    ) -> None:
+        """row: the first query's; start: its position; table: the sequence's blocks."""
+        self._call = kernels.library.semipd_prefill_attention
+        self._row, self._start, self._count, self._window = row, start, count, window or 0
+        self._table = np.ascontiguousarray(table, np.int32)
+        self._plan: _PrefillPlan | None = None
+
+    def attend(self, query: torch.Tensor, layer: torch.Tensor, out: torch.Tensor) -> None:
+        """As `DecodeParts.attend`, for this slice's rows."""
+        plan = self._plan or self._prepare(query, layer)
+        self._call(ctypes.byref(plan), query.data_ptr(), layer.data_ptr(), out.data_ptr())
+
+    def _prepare(self, query: torch.Tensor, layer: torch.Tensor) -> _PrefillPlan:
+        _, blocks, kv_heads, block_size, head_dim = layer.shape
+        low = max(0, self._start - self._window + 1) if self._window else 0
+        base = low // PART * PART
+        padded = -(-(self._start + self._count - base) // 32) * 32
+        self._packed = torch.empty(kv_heads * 2 * padded * head_dim, dtype=torch.bfloat16)
+        self._plan = _PrefillPlan(
+            *(kv_heads, query.shape[1], head_dim, block_size, blocks * kv_heads * block_size * head_dim),
+            *(query.stride(0), self._row, self._start, self._count, self._window, base, padded),
+            self._table.ctypes.data,
+            self._packed.data_ptr(),
+            head_dim**-0.5,
+        )
+        return self._plan
+
+
+def can_tile(kernels: Kernels | None, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `PrefillTiles` takes this shape."""
+    fits = head_dim % 32 == 0 and head_dim <= MOST_HEAD_DIM and dtype == torch.bfloat16
+    return kernels is not None and kernels.level >= AMX and fits
 
 
 class DecodeParts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,60 @@ def test_decode_attention_has_the_same_bits_in_any_company_and_with_any_threads(
         assert torch.equal(run([row])[0], together[row])
     torch.set_num_threads(2)
     assert torch.equal(run([0, 1, 2, 3, 4, 5]), together)
+
+
+PREFILL = [  # heads, KV heads, block size, head_dim, window, slices
+    (14, 2, 16, 64, None, [(0, 300), (511, 40), (0, 2), (256, 256)]),
+    (3, 3, 1, 32, 33, [(0, 70), (300, 65), (31, 33)]),
+    (8, 2, 64, 128, 700, [(900, 100), (0, 17), (5, 1)]),
+    (5, 1, 7, 96, 1, [(0, 40)]),
+    (2, 1, 16, 256, 257, [(250, 300), (3, 5)]),
+]
+
+
+@tiles_needed
+@pytest.mark.parametrize("case", PREFILL, ids=str)
+def test_prefill_attention(case: tuple[Any, ...]) -> None:
+    heads, kv_heads, block_size, head_dim, window, slices = case
+    layer = make_pool(kv_heads, block_size, head_dim, torch.bfloat16)
+    ends = decode_step([start + count - 1 for start, count in slices], block_size)
+    step = Ragged(*np.array(slices, np.int64).T, ends.tables)
+    q = queries(int(step.counts.sum()), heads, head_dim, torch.bfloat16)
+    plan = plan_attention(step, Pool.of(layer[None]), window, best())
+    assert not plan.prefill
+    exact = attend_plainly(q.float(), layer.float(), plan)
+    fast = attend(q, layer, plan)
+    torch.testing.assert_close(fast.float(), exact, rtol=2**-6, atol=0.02)
+    torch.set_num_threads(2)
+    assert torch.equal(attend(q, layer, plan), fast)
+
+
+@tiles_needed
+def test_prefill_attention_of_a_row_does_not_depend_on_the_cut() -> None:
+    layer = make_pool(2, 16, 64, torch.bfloat16)
+    q = queries(600, 14, 64, torch.bfloat16)
+    tables = decode_step([599], 16).tables
+    pool = Pool.of(layer[None])
+
+    def run(start: int, count: int) -> torch.Tensor:
+        step = Ragged(np.array([start]), np.array([count]), tables)
+        return attend(q[start : start + count], layer, plan_attention(step, pool, 300, best()))
+
+    whole = run(0, 600)
+    for start, count in ((0, 100), (100, 500), (255, 2), (256, 33)):
+        assert torch.equal(run(start, count), whole[start : start + count])
+
+
+@tiles_needed
+def test_prefill_attention_ignores_what_it_may_not_see() -> None:
+    layer = make_pool(1, 16, 64, torch.bfloat16)
+    tables = decode_step([529], 16).tables
+    q, step = queries(30, 7, 64, torch.bfloat16), Ragged(np.array([500]), np.array([30]), tables)
+    plan = plan_attention(step, Pool.of(layer[None]), 100, best())
+    clean = attend(q, layer, plan)
+    layer[:, int(tables[0, 529 // 16]), :, 529 % 16 + 1 :] = torch.nan
+    layer[:, torch.from_numpy(tables[0, : 401 // 16].astype(np.int64))] = torch.nan
+    assert torch.equal(attend(q, layer, plan), clean)
 
 
 def test_decode_attention_ignores_what_it_may_not_see() -> None:
