@@ -63,7 +63,8 @@ def _apart(way: str, requests: int, rate: float) -> dict[str, float]:
         text=True,
         check=True,
     )
-    return json.loads(ran.stdout)
+    found: dict[str, float] = json.loads(ran.stdout)
+    return found
 
 
 def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -99,10 +100,10 @@ def main() -> int:
     for _ in range(options.repeats):
         for way in options.ways:
             found[way].append(_apart(way, options.requests, options.rate))
-    rows = [
-        {"way": way, **max(runs, key=lambda run: run["speed"]), "speeds": [run["speed"] for run in runs]}
-        for way, runs in found.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for way, runs in found.items():
+        best = max(runs, key=lambda run: run["speed"])
+        rows.append({"way": way, **best, "speeds": [run["speed"] for run in runs]})
     show(rows, options)
     result = {
         "benchmark": "simulator_speed",
