@@ -114,13 +114,13 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat() -> None:
     stream closed."""
 
     async def go() -> tuple[int | None, str, Mock]:
-        server = Mock(answer="z" * 2000, gap=0.01, models=[{"id": "m", "suggestions": ["Say hi", 5]}])
+        server = Mock(answer="z" * 2000, gap=0.05, models=[{"id": "m", "suggestions": ["Say hi", 5]}])
         ours, theirs = pty.openpty()
         os.set_blocking(ours, False)
         seen = bytearray()
 
         async def until(text: str) -> None:
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 60
             while text.encode() not in seen:
                 assert time.monotonic() < deadline, f"no {text!r} in {bytes(seen)!r}"
                 await asyncio.sleep(0.02)

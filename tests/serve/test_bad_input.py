@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield running
         with running.client() as client:
             assert client.post(COMPLETIONS, json={"prompt": "hello"}).status_code == 200
+        # The last request's place is given back just after its answer is sent.
+        deadline = time.monotonic() + 5
+        while running.service.gate.active and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert running.service.gate.active == 0
 
 
