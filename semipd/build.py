@@ -77,6 +77,8 @@ def resolve(config: Config) -> Resolved:
         device = "cuda" if has_gpu() else "cpu"
     blocks: int | None
     if device == "cuda":
+        if config.model.quantization != "none":
+            raise ConfigError("--quantization is for the CPU: add --device cpu or leave it out")
         blocks, max_length = _stated_pool(config, spec, dtype)
     else:
         from semipd.execute.cpu import cpu_device
@@ -123,6 +125,8 @@ def _start_cpu(resolved: Resolved) -> tuple[Executor, int, int]:
         dtype=resolved.dtype,
         load_format=resolved.config.model.load_format,
         seed=resolved.config.model.seed,
+        quantization=resolved.config.model.quantization,
+        quantize_head=resolved.config.model.quantize_head,
         slots=resolved.config.policy.max_num_seqs,
         max_length=resolved.max_length,
         blocks=resolved.blocks,
@@ -206,10 +210,6 @@ def build_simulation(
     return engine, clock
 
 
-def model_folder(model: str | None) -> Path:
-    """The local folder of a model: a path, or a hub id that is fetched (or found in the hub's cache)."""
-    if model is None:
-        return default_model()
 def _step_cost(
     spec: ModelSpec, hardware: DeviceFile, tensor_parallel: int = 1, pipeline_parallel: int = 1
 ) -> CostModel:
@@ -245,6 +245,10 @@ def predictor(settings: PolicyConfig, spec: ModelSpec, dtype: str, device: Devic
     return _profiled(spec, hardware, dtype, device.units)
 
 
+def model_folder(model: str | None) -> Path:
+    """The local folder of a model: a path, or a hub id that is fetched (or found in the hub's cache)."""
+    if model is None:
+        return default_model()
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
