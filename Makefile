@@ -4,6 +4,8 @@
 # make test-all  the same and the slow tests
 # make test-gpu  tests that need a CUDA device, with PYTHON as it is (WHEELS=folder: unpack missing packages)
 # make bench-gpu the GPU benchmark, likewise (PARTS="steps offline mixed transformers profile")
+# make bench-sim  the simulator beside the real engine on this CPU, after a profile of it; wants a quiet machine
+# make bench-auto the same for every way under a load that changes
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +13,7 @@ PORT ?= 8000
 MODEL ?=
 BIN := $(VENV)/bin
 
-.PHONY: install serve test test-all test-gpu bench-gpu lint format
+.PHONY: install serve test test-all test-gpu bench-gpu bench-sim bench-auto lint format
 
 install: $(VENV)/.installed
 
@@ -34,6 +36,12 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not gpu"
+
+bench-sim: install
+	$(BIN)/python -m benchmarks.sim_agreement
+
+bench-auto: install
+	$(BIN)/python -m benchmarks.changing_load
 
 format: install
 	$(BIN)/ruff format .

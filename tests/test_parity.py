@@ -33,12 +33,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "semi-pd": {"policy": "semi-pd", "kv_blocks": 512},
     "shared": {"policy": "semi-pd", "split": "shared", "kv_blocks": 512},
+    "auto": {"policy": "semi-pd", "split": "auto", "kv_blocks": 512},
+    "targets": {"ttft_slo": 0.05, "tpot_slo": 0.002, "kv_blocks": 512},
     "prefill-first": {"policy": "prefill-first", "kv_blocks": 512},
     "chunked-16": {"policy": "chunked", "chunk_tokens": 16, "kv_blocks": 512},
     "chunked-100": {"policy": "chunked", "chunk_tokens": 100, "kv_blocks": 512},
     "no prefix cache": {"policy": "semi-pd", "prefix_cache": False, "kv_blocks": 512},
     "small blocks": {"policy": "semi-pd", "block_size": 3, "kv_blocks": 1000},
     "preempted": {"policy": "semi-pd", "block_size": 4, "kv_blocks": 104},
+    "preempted, auto": {"split": "auto", "tpot_slo": 0.01, "block_size": 4, "kv_blocks": 104},
     "preempted, chunked": {"policy": "chunked", "chunk_tokens": 64, "block_size": 4, "kv_blocks": 104},
 }
 

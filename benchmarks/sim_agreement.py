@@ -1,0 +1,118 @@
+"""How well the simulator agrees with the engine on this machine: profile, run and simulate, back to back.
+
+A Poisson load of short and long prompts, scaled to keep the machine half busy, runs on the real engine
+under several policies; the same arrivals then run in the simulator on the profile that was just made.
+
+    python benchmarks/sim_agreement.py                    # 0.5B shape, random weights, bf16; 60 s a policy
+    python benchmarks/sim_agreement.py --shape 12m --seconds 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.both import Machine, lengths, machine, poisson, run_real, run_simulated
+from benchmarks.machine import describe
+from semipd.core.partition import Targets
+from semipd.trace import Arrival
+
+WAYS: dict[str, dict[str, Any]] = {
+    "static:1,1": {"policy": "semi-pd", "split": "static:1,1"},
+    "shared": {"policy": "semi-pd", "split": "shared"},
+    "chunked 256": {"policy": "chunked", "chunk_tokens": 256},
+}
+FIGURES = {
+    "ttft mean": ("ttft_s", "mean"),
+    "tpot mean": ("tpot_s", "mean"),
+    "throughput": ("output_throughput", None),
+    "ttft p99": ("ttft_s", "p99"),
+    "tpot p99": ("tpot_s", "p99"),
+}
+GOALS = {"ttft mean": 0.15, "tpot mean": 0.15, "throughput": 0.15, "ttft p99": 0.25, "tpot p99": 0.25}
+
+
+def mixed_load(of: Machine, seconds: float, load: float, seed: int) -> list[Arrival]:
+    """Four short prompts for each long one, at a rate that this machine can bear."""
+    generator = random.Random(seed)
+    pairs = [lengths(generator, (16, 128), (16, 96)) for _ in range(200)]
+    pairs += [lengths(generator, (512, 1024), (8, 48)) for _ in range(50)]
+    return poisson(generator, pairs, of.rate(pairs, load), 0.0, seconds)
+
+
+def compare(of: Machine, name: str, arrivals: list[Arrival]) -> dict[str, Any]:
+    """Each figure as the engine gave it, as the simulator did, and the relative difference."""
+    real = run_real(of, WAYS[name], arrivals, Targets())
+    simulated = run_simulated(of, WAYS[name], arrivals, Targets())
+    row: dict[str, Any] = {"way": name, "requests": real["requests"]}
+    for figure, (key, part) in FIGURES.items():
+        values = [result[key] if part is None else result[key][part] for result in (real, simulated)]
+        difference = values[1] / values[0] - 1.0
+        row[figure] = {
+            "real": values[0],
+            "simulated": values[1],
+            "difference": difference,
+            "within_goal": abs(difference) <= GOALS[figure],
+        }
+    return row
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="real engine | simulator (difference)")
+    table.add_column("policy")
+    for figure in FIGURES:
+        table.add_column(figure, justify="right")
+    for row in rows:
+        cells = []
+        for figure in FIGURES:
+            entry = row[figure]
+            scale, unit = (1.0, "/s") if figure == "throughput" else (1e3, "ms")
+            pair = f"{scale * entry['real']:.1f} | {scale * entry['simulated']:.1f} {unit}"
+            cells.append(f"{pair} ({entry['difference']:+.0%})")
+        table.add_row(row["way"], *cells)
+    Console(width=150).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=("0.5b", "12m"), default="0.5b")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, for each policy")
+    parser.add_argument("--profile-seconds", type=float, default=60.0)
+    parser.add_argument("--load", type=float, default=0.5, help="share of the machine's time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=Path, help="use this device file instead of a fresh profile")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    busy = os.getloadavg()[0]
+    with machine(options.shape, options.profile_seconds, options.device) as found:
+        arrivals = mixed_load(found, options.seconds, options.load, options.seed)
+        rows = [compare(found, name, arrivals) for name in options.ways]
+        fit = json.loads(found.device.read_text())["fit"]
+    show(rows)
+    result = {
+        "benchmark": "sim_agreement",
+        "shape": options.shape,
+        "seconds": options.seconds,
+        "load": options.load,
+        "load_average_before": busy,
+        "machine": describe(),
+        "fit": fit,
+        "rows": rows,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
