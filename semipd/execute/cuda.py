@@ -23,7 +23,7 @@ from semipd.execute.backend import Backend, Side
 from semipd.execute.cuda_graphs import DecodeGraphs, Graph
 from semipd.execute.cuda_lane import AHEAD, Flight, Group, LaneState
 from semipd.execute.cuda_partition import Placement
-from semipd.execute.device_storage import DeviceStorage, Packed
+from semipd.execute.device_storage import DeviceStorage, Packed, columns_of
 from semipd.model.device_model import DeviceModel
 from semipd.model.sampler_device import INVALID, greedy, sample_on_device
 
@@ -89,12 +89,13 @@ class CudaExecutor:
             raise ValueError("lanes share one KV pool here: there is nothing to copy between")
         if state.in_flight >= self.device.depth:
             raise ValueError(f"more than {self.device.depth} steps in flight on {lane.value}")
-        slots = np.array([piece.slot for piece in batch.slices], dtype=np.int64)
-        known = (slots >= 0) & (slots < self._users.shape[1])
-        slots = slots[known]
+        columns = columns_of(batch.slices)
+        slots = columns[0]
+        if slots.size and not 0 <= slots.min() <= slots.max() < self._users.shape[1]:
+            slots = slots[:0]  # the batch will be refused
         mine = LANES.index(lane)
         others = self._users[1 - mine, slots]
-        state.queue.append(Flight(batch, slots, int(others.max()) if others.size else -1))
+        state.queue.append(Flight(batch, columns, int(others.max()) if others.size else -1))
         self._users[mine, slots] = batch.step
 
     def wait(self, until: float | None) -> list[StepResult]:
@@ -193,7 +194,7 @@ class CudaExecutor:
             try:
                 if first:
                     flight.began = begin
-                    flight.packed = self._storage.pack(flight.batch, self._most_rows)
+                    flight.packed = self._storage.pack(flight.batch, flight.columns, self._most_rows)
                     flight.layers = self._steps(state, flight, flight.packed)
                 layers = self._advance(state, flight, side)
             except Exception as error:

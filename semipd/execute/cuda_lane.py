@@ -23,13 +23,13 @@ _SMALL = 64  # rows up to which a step is small
 
 @dataclass(eq=False)
 class Flight:
-    """A submitted batch. slots: those of its slices that exist. after: the last step of the other lane that
+    """A submitted batch. columns: see `columns_of`. after: the last step of the other lane that
     used one of them. packed: None until its first launch.
     layers: launches still to come, or None when all are made. replayed: it was one graph. began: event
     before its first kernel. ids: its tokens on their way to the host."""
 
     batch: Batch
-    slots: np.ndarray
+    columns: np.ndarray
     after: int
     packed: Packed | None = None
     layers: Iterator[None] | None = None
