@@ -48,7 +48,8 @@ def fit_prices(timings: Sequence[Timing]) -> Fit:
 def _errors(prices: NDArray[np.float64], timings: Sequence[Timing]) -> NDArray[np.float64]:
     rows = np.array([features(timing.work) for timing in timings])
     seconds = np.array([timing.seconds for timing in timings])
-    return np.abs(rows @ prices / seconds - 1.0)
+    found: NDArray[np.float64] = np.abs(rows @ prices / seconds - 1.0)
+    return found
 
 
 def _solve(timings: Sequence[Timing]) -> NDArray[np.float64]:
