@@ -105,7 +105,7 @@ class Recorder:
             self.met += self.ttft[-1] <= TTFT_TARGET and per_token <= TPOT_TARGET
 
 
-def load(shape: str, folder: Path) -> Setup:
+def load(shape: str, folder: Path, memory_share: float) -> Setup:
     """Load random weights, fill the KV pool with noise (zeros take less power than data)."""
     import torch
 
@@ -118,7 +118,7 @@ def load(shape: str, folder: Path) -> Setup:
     started = start_cuda(
         CudaBackend(),
         folder,
-        Shape(SLOTS, LONGEST, most_rows=most_rows, memory_share=0.9),
+        Shape(SLOTS, LONGEST, most_rows=most_rows, memory_share=memory_share),
         load_format="dummy",
     )
     started.executor.fill_with_noise()
@@ -310,7 +310,7 @@ def main() -> int:
     from semipd.execute.profile_cuda import measure
 
     with tempfile.TemporaryDirectory() as folder:
-        setup = load(options.shape, Path(folder))
+        setup = load(options.shape, Path(folder), 0.55 if "transformers" in options.parts else 0.9)
         runs: dict[str, Callable[[], dict[str, Any]]] = {
             "steps": lambda: run_steps(setup),
             "offline": lambda: run_offline(setup),
