@@ -22,7 +22,10 @@ from semipd.model.layers import Compute, Kind
 logger = logging.getLogger(__name__)
 
 METHODS = ("none", "int8", "int4")
-GROUP_4 = 32  # inputs that share a scale when a matrix is rounded to 4 bits here
+GROUPS_4 = (
+    64,
+    32,
+)  # inputs that share a scale when a matrix is rounded to 4 bits here: the first that fits
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,14 @@ Matrix = torch.Tensor | Quantized
 
 def quantize(weight: torch.Tensor, method: str) -> Quantized:
     """Round a matrix [outputs, inputs] to the nearest: int8 with a scale an output, int4 with one for every
-    32 inputs (as many as divide the inputs, otherwise one an output)."""
+    64 or 32 inputs, or one an output where those do not divide the inputs."""
     outputs, inputs = weight.shape
     if method == "int8":
         scale = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 127
         values = (weight.float() / scale).round().add_(128).to(torch.uint8)
         return Quantized(8, values, scale, 128)
-    grouped = weight.float().view(outputs, -1, GROUP_4 if inputs % GROUP_4 == 0 else inputs)
+    group = next((size for size in GROUPS_4 if inputs % size == 0), inputs)
+    grouped = weight.float().view(outputs, -1, group)
     largest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
     scale = largest / -8  # the largest becomes -8 exactly; its sign decides which side has 8 steps
     scale = torch.where(scale == 0, 1.0, scale)
