@@ -77,18 +77,8 @@ def start_cuda(
             load_format=load_format,
             seed=seed,
         )
-        batch = buckets(shape.slots)[-1]
-        most_rows = max(shape.most_rows, batch, shape.slots)
-        samples = max(batch, shape.slots)
-        states = [
-            LaneState(
-                lane,
-                model.buffers(most_rows, samples),
-                backend.ops(model, samples),
-                spec.layers,
-            )
-            for lane in LANES
-        ]
+        states = _lanes(backend, model, shape)
+        most_rows = states[0].buffers.hidden.shape[0]
         blocks, max_length = _pool(backend, model, shape)
         storage = DeviceStorage(backend, model, shape.slots, max_length, blocks, shape.block_size)
         placement = Placement(
@@ -106,6 +96,16 @@ def start_cuda(
         backend, model, storage, placement, states, graphs, most_rows=most_rows, depth=depth
     )
     return Started(executor, blocks, max_length)
+
+
+def _lanes(backend: Backend, model: DeviceModel, shape: Shape) -> list[LaneState]:
+    """Both lanes with their buffers, large enough for the largest graph too."""
+    samples = max(buckets(shape.slots)[-1], shape.slots)
+    rows = max(shape.most_rows, samples)
+    return [
+        LaneState(lane, model.buffers(rows, samples), backend.ops(model, samples), model.spec.layers)
+        for lane in LANES
+    ]
 
 
 def _pool(backend: Backend, model: DeviceModel, shape: Shape) -> tuple[int, int]:

@@ -197,10 +197,14 @@ class DeviceStorage:
         filler = np.arange(width) >= np.maximum(table.ban_count[slots], 1)[:, None]
         banned = np.where(filler, banned[:, :1], banned)
         return DeviceRules(
-            *floats.unbind(0),
-            *whole.unbind(0),
-            backend.upload(banned),
-            backend.upload(banning),
+            temperature=floats[0],
+            top_p=floats[1],
+            min_p=floats[2],
+            top_k=whole[0],
+            seed=whole[1],
+            position=whole[2],
+            banned=backend.upload(banned),
+            banning=backend.upload(banning),
             filtered=bool((top_p < 1.0).any() or (top_k > 0).any()),
         )
 
