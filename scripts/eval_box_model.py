@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from semipd import LLM, SamplingParams, box_format, box_tasks
 
 BOX = Path(box_tasks.__file__).parent / "box"
-RECALL_LENGTHS = (64, 128, 256, 512, 1024, 2000, 3000, 4000)
+RECALL_LENGTHS = (64, 128, 256, 512, 1024, 2000, 4000)
 LONGEST_ANSWER = 40
 
 

@@ -135,11 +135,10 @@ def rotary_tables(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 def losses(
     model: nn.Module, embedding: Tensor, batch: dict[str, Tensor], shape: Shape
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the answers' tokens and whether each was the likeliest, both [targets]."""
+    """Cross-entropy of the wanted ids and whether each was the likeliest, both [targets]."""
     states = model(batch["ids"], *rotary_tables(batch["positions"], shape))
-    indices = batch["indices"]
-    logits = project(states.flatten(0, 1)[indices], embedding).float()
-    wanted = batch["ids"].flatten()[indices + 1]
+    logits = project(states.flatten(0, 1)[batch["indices"]], embedding).float()
+    wanted = batch["wanted"]
     return functional.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
 
 
@@ -162,7 +161,8 @@ def evaluate(
                 spans += [(number * stream.length + begin, end - begin) for begin, end, _ in row.answers]
             indices = torch.cat([torch.arange(begin - 1, begin - 1 + size) for begin, size in spans])
             positions = torch.arange(stream.length).repeat(stream.rows, 1)
-            batch = {"ids": ids, "positions": positions, "indices": indices}
+            wanted = ids.flatten()[indices + 1]
+            batch = {"ids": ids, "positions": positions, "indices": indices, "wanted": wanted}
             hits = losses(model, embedding, batch, shape)[1]
             right += sum(bool(part.all()) for part in hits.split([size for _, size in spans]))
             asked += len(spans)

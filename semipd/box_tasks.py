@@ -10,6 +10,7 @@ import hashlib
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from random import Random
 
 HELD_OUT_ONE_IN = 20
@@ -127,12 +128,12 @@ def sort(rng: Random, longest: int = 10) -> Question:
     return Question("sort", phrase.format(digits), "".join(sorted(digits)), f"sort:{digits}")
 
 
-def count(rng: Random, longest: int = 12) -> Question:
+def count(rng: Random, longest: int = 11) -> Question:
     """How often a letter occurs in a string of at most ``longest`` lower-case letters."""
     if rng.random() < 0.3:
         text = rng.choice(WORDS)[:longest]
     else:
-        alphabet = rng.sample(string.ascii_lowercase, rng.randint(1, 6))
+        alphabet = rng.sample(string.ascii_lowercase, rng.randint(2, 7))
         text = "".join(rng.choices(alphabet, k=rng.randint(1, longest)))
     letter = rng.choice(text) if rng.random() < 0.85 else rng.choice(string.ascii_lowercase)
     phrase = rng.choice(("How many {} in {}?", "How many {} in {}?", "How many {}'s are in {}?"))
@@ -174,7 +175,8 @@ def recall_from(
     names = [name for name, _ in listed if held_out in (None, is_held_out(recall_key(listed, name)))]
     if not names:
         return None
-    asked = tuple(rng.choice(names) for _ in range(questions))
+    rounds = (rng.sample(names, len(names)) for _ in range(questions))
+    asked = tuple(islice(chain.from_iterable(rounds), questions))
     phrases = tuple(rng.choice(("What is {}?", "What is {}?", "And {}?")) for _ in range(questions - 1))
     return Recall(listed, asked, ("What is {}?", *phrases)[:questions])
 
@@ -195,14 +197,15 @@ def recall_key(pairs: Sequence[tuple[str, str]], name: str) -> str:
 
 
 def distinct_names(rng: Random, number: int) -> list[str]:
-    """Names for a list: known words and made-up ones of 3 to 5 letters, all different."""
-    share_of_words = rng.choice((0.0, 0.3, 0.9)) if number <= len(WORDS) // 2 else 0.2
+    """Names for a list, all different: known words, made-up ones of 3 to 5 letters, or single letters."""
+    words = rng.choice((0.0, 0.3, 0.9)) if number <= len(WORDS) // 2 else 0.2
+    sizes = rng.choice(((3, 4, 4, 5), (1, 1, 2), (1, 2, 3, 4))) if number <= 12 else (3, 4, 4, 5)
     names: dict[str, None] = {}
     while len(names) < number:
-        if rng.random() < share_of_words:
+        if rng.random() < words:
             names[rng.choice(WORDS)] = None
         else:
-            names["".join(rng.choices(string.ascii_lowercase, k=rng.choice((3, 4, 4, 5))))] = None
+            names["".join(rng.choices(string.ascii_lowercase, k=rng.choice(sizes)))] = None
     return list(names)
 
 

@@ -24,17 +24,28 @@ def rows() -> ModuleType:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_the_loss_covers_the_answers_and_their_ends_only(rows: ModuleType, number: int) -> None:
+def test_the_loss_covers_the_answers_and_their_ends(rows: ModuleType, number: int) -> None:
     stream = rows.STREAMS[number]
     batch = rows.make_batch(stream, seed=1, step=7, longest=LONGEST)
     flat = batch["ids"].flatten()
-    wanted = set((batch["indices"] + 1).tolist())
-    for index in wanted:
-        assert flat[index] != box_format.USER and flat[index] != box_format.ASSISTANT
-    after_assistant = (flat[:-1] == box_format.ASSISTANT).nonzero().flatten() + 1
-    assert set(after_assistant.tolist()) <= wanted
-    assert 0 < len(wanted) < flat.numel() / 2
+    indices = batch["indices"].tolist()
+    after_assistant = (flat[:-1] == box_format.ASSISTANT).nonzero().flatten()
+    assert set(after_assistant.tolist()) <= set(indices)
+    assert 0 < len(indices) < flat.numel() / 2 and len(indices) == len(set(indices))
     assert batch["ids"].shape == (stream.rows, stream.length)
+    next_ids = flat[batch["indices"] + 1]
+    hinted = next_ids != batch["wanted"]
+    assert hinted.sum() < len(indices) / 2
+    assert set(batch["wanted"][hinted].tolist()) <= set(b"0123456789")
+    assert not set(batch["wanted"].tolist()) & {box_format.USER, box_format.ASSISTANT}
+
+
+def test_hints_are_running_counts_at_the_letters_of_the_string(rows: ModuleType) -> None:
+    row = rows.Row(128)
+    row.append(box_tasks.Question("sort", "Sort: 21", "12", ""))
+    row.append(box_tasks.Question("count", "How many r's are in strawberry?", "3", ""))
+    hinted = [(chr(row.ids[index]), chr(target)) for index, target in row.hints]
+    assert hinted == list(zip("strawberry", "0011111233", strict=True))
 
 
 def test_a_step_has_the_same_batch_each_time(rows: ModuleType) -> None:
