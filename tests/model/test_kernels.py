@@ -298,3 +298,30 @@ def test_a_model_with_kernels_agrees_with_one_without(family: str, dtype: str, t
         logits.append(torch.cat(rows))
     close = 1e-4 if dtype == "float32" else 0.05 * float(logits[1].std())
     assert float((logits[0] - logits[1]).square().mean().sqrt()) < close
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"kernels": False},
+    {"quantization": "int8"},
+    {"quantization": "int4", "quantize_head": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_replay_and_isolation_hold_in_every_way(options: dict[str, Any], tmp_path: Path) -> None:
+    """A decode step gives a slot the same bits alone, in company, and when it runs again."""
+    folder = make_checkpoint(tmp_path, "qwen2", hidden_size=64, intermediate_size=96)
+    bench = Bench(load_model(folder, dtype="bfloat16", **options))
+    lengths = (70, 9, 130, 33)
+    for slot, length in enumerate(lengths):
+        tokens = np.random.default_rng(slot).integers(0, 320, length).tolist()
+        bench.open(slot, tokens)
+        bench.run(Slice(slot, 0, length))
+    together = [Slice(slot, length, 1) for slot, length in enumerate(lengths)]
+    first, logits = bench.run(*together), bench.recorder.logits
+    assert bench.run(*together) == first
+    assert torch.equal(bench.recorder.logits, logits)
+    for slot, one in enumerate(together):
+        assert bench.run(one) == first[slot : slot + 1]
+        assert torch.equal(bench.recorder.logits[0], logits[slot])
