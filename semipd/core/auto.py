@@ -32,7 +32,7 @@ MISS = 2.0  # seconds of latency that one missed target is worth
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 AGEING = 0.1  # seconds of prefill that one second of waiting makes up for
 FORESEEN = 24  # prompts looked at one by one
-STREAM_GROUPS = 6  # decoding requests are scored in this many groups
+STREAM_GROUPS = 4  # decoding requests are scored in this many groups
 STALE = 6  # plans for which the groups may stay as they are
 MEMORY = 10.0  # seconds over which the arriving load is averaged
 LEARNING = 0.05  # weight of the newest step in the correction of the cost model
@@ -166,9 +166,9 @@ class Auto:
         if not way.rate:
             wait = way.step * max(group.remaining for group in groups)  # until the streams have ended
         for work, left in prompts:
-            first = wait + work * slowness
-            total += first
-            misses += _miss(first, left)
+            total += (first := wait + work * slowness)
+            if first > left * (1.0 - MARGIN):
+                misses += _miss(first, left)
         backlog = prompts[-1][0] if prompts else 0.0
         busy = wait + backlog / max((way.rate or 1.0) - self._load, 0.05)
         total += self._arrivals * busy * 0.5 * (wait + backlog * slowness)
@@ -178,7 +178,8 @@ class Auto:
                 done = busy / way.step if way.step < math.inf else 0.0
                 last = busy + (remaining - done) * alone
             total += size * last
-            misses += size * _miss(last, allowance)
+            if last > allowance * (1.0 - MARGIN):
+                misses += size * _miss(last, allowance)
         return total + MISS * misses
 
     def _prompts(self, live: Live, now: float) -> list[tuple[float, float]]:
@@ -248,9 +249,9 @@ class Auto:
         context = sum(request.planned for request in live.decoding)
         prefilling, decoding = live.busy(Lane.PREFILL), live.busy(Lane.DECODE)
         start, tokens = self._next_prompt(live)
-        # Equal for values within about 6%.
-        features = (round(12.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start))
-        ratios = (round(8 * self._log_ratio[lane]) for lane in (Lane.PREFILL, Lane.DECODE))
+        # Equal for values within about 9%.
+        features = (round(8.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start))
+        ratios = (round(6 * self._log_ratio[lane]) for lane in (Lane.PREFILL, Lane.DECODE))
         key = (*features, prefilling, decoding, *ratios)
         table = self._tables.get(key)
         if table is None:
@@ -294,7 +295,5 @@ class Auto:
 
 
 def _miss(seconds: float, limit: float) -> float:
-    """Chance that what is predicted to take `seconds` misses `limit`: a ramp around it."""
-    if limit == math.inf or limit <= 0.0:  # no target, or lost already
-        return 0.0
-    return min(max((seconds / limit - 1.0) / (2.0 * MARGIN) + 0.5, 0.0), 1.0)
+    """Chance that what is predicted to take `seconds` misses `limit`: a ramp; 0 when it is lost already."""
+    return min(max((seconds / limit - 1.0) / (2.0 * MARGIN) + 0.5, 0.0), 1.0) if limit > 0.0 else 0.0
