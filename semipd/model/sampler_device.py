@@ -2,7 +2,8 @@
 
 Same filters, same order, same counter-based number per (seed, position), so a step can be run again. Sums
 run over other shapes than in numpy: where a drawn number falls within rounding of a boundary, the two may
-differ.
+differ. `torch.where` with a number is avoided: it may copy the number to the device and wait for it, which
+a captured graph cannot contain.
 """
 
 from __future__ import annotations
@@ -37,15 +38,14 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     """The first best entry of each row [n, vocabulary], or INVALID; int64 [n]. NaN counts as the best."""
     index = logits.argmax(dim=1)
     best = logits.gather(1, index[:, None])[:, 0]
-    return torch.where(best.isfinite(), index, INVALID)
+    return index.masked_fill(~best.isfinite(), INVALID)
 
 
 def sample_on_device(logits: torch.Tensor, rules: DeviceRules) -> torch.Tensor:
     """One token per row of logits [n, vocabulary], int64 [n]; INVALID as for `greedy`. Rows of temperature
     0 are greedy. logits are overwritten where tokens are banned."""
     held = logits.gather(1, rules.banned)
-    unseen = torch.full_like(held, float("-inf"))
-    logits.scatter_(1, rules.banned, torch.where(rules.banning[:, None], unseen, held))
+    logits.scatter_(1, rules.banned, held.masked_fill(rules.banning[:, None], float("-inf")))
     best = greedy(logits)
     weights = _filtered_weights(logits.float(), rules)
     drawn = _draw(weights, uniform(rules.seed, rules.position))
@@ -74,14 +74,15 @@ def _cuts(weights: torch.Tensor, rules: DeviceRules) -> torch.Tensor:
     """The smallest weight that top-k and top-p leave in each row; 0 where neither is set."""
     ordered = weights.sort(dim=1, descending=True).values
     size = ordered.shape[1]
-    limit = torch.where((rules.top_k > 0) & (rules.top_k < size), rules.top_k, size)
-    cut = torch.where(limit < size, ordered.gather(1, (limit - 1)[:, None])[:, 0], 0.0)
+    unlimited = (rules.top_k < 1) | (rules.top_k >= size)
+    limit = rules.top_k.masked_fill(unlimited, size)
+    cut = ordered.gather(1, (limit - 1)[:, None])[:, 0].masked_fill(unlimited, 0.0)
     among = ordered * (ordered >= cut[:, None])
     cumulative = among.double().cumsum(dim=1)
     wanted = rules.top_p.double()[:, None] * cumulative[:, -1:]
     kept = torch.searchsorted(cumulative, wanted, right=False)
     kept = torch.minimum(kept[:, 0], (among > 0).sum(dim=1) - 1)[:, None]
-    nucleus = torch.where(rules.top_p < 1.0, among.gather(1, kept.clamp_min(0))[:, 0], 0.0)
+    nucleus = among.gather(1, kept.clamp_min(0))[:, 0].masked_fill(rules.top_p >= 1.0, 0.0)
     return torch.maximum(cut, nucleus)
 
 
@@ -92,7 +93,7 @@ def _draw(weights: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     totals = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
     target = number[:, None] * totals[:, -1:]
     block = _first_above(totals, target)
-    before = torch.where(block > 0, totals.gather(1, (block - 1).clamp_min(0)), 0.0)
+    before = totals.gather(1, (block - 1).clamp_min(0)).masked_fill(block == 0, 0.0)
     chosen = blocks.gather(1, block[:, :, None].expand(rows, 1, _BLOCK))[:, 0]
     within = _first_above(chosen.double().cumsum(dim=1), target - before)
     return (block * _BLOCK + within)[:, 0]
