@@ -28,7 +28,7 @@ from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Request, Slice, Split, Stepped, Work
 
-MISS = 2.0  # seconds of latency that one missed target is worth
+MISS = 20.0  # seconds of latency that one missed target is worth
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 AGEING = 0.1  # seconds of prefill that one second of waiting makes up for
 FORESEEN = 24  # prompts looked at one by one
