@@ -4,9 +4,9 @@
         [--transformers PYTHON] [--llama PYTHON --gguf FILE] [--vllm PYTHON]
 
 PYTHON is the interpreter of an environment that has the peer; nothing is installed. A peer that is not
-given, or fails, is named and left out. All run random weights in the shape of a 0.5B model (llama.cpp:
-the given file). Per engine: tokens a second of one stream, milliseconds of a decode step of 8 streams, both
-at 128 tokens of context and more, and prompt tokens a second of a prompt of 512.
+given, or fails, is named and left out. All run random weights in the shape of a 0.5B model (llama.cpp: the
+given file). Per engine: tokens a second of one stream, milliseconds of a decode step of 8 streams, both
+from 128 tokens of context on, and prompt tokens a second of a prompt of 512.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +300,22 @@ def test_a_model_with_kernels_agrees_with_one_without(family: str, dtype: str, t
         logits.append(torch.cat(rows))
     close = 1e-4 if dtype == "float32" else 0.05 * float(logits[1].std())
     assert float((logits[0] - logits[1]).square().mean().sqrt()) < close
+
+
+def test_without_a_compiler_or_with_an_old_library_torch_alone_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = make_checkpoint(tmp_path, "llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert load_kernels() is None
+        Bench(load_model(folder)).open(0, [1, 2])
+    assert sum("no compiled kernels" in record.message for record in caplog.records) == 2
+    other = importlib.util.find_spec("_ctypes")  # a library without our functions
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: other)
+    assert load_kernels() is None
+    assert "cannot be loaded" in caplog.text
 
 
 OPTIONS: list[dict[str, Any]] = [
