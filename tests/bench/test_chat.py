@@ -135,6 +135,8 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat() -> None:
                 stdin=theirs,
                 stdout=theirs,
                 stderr=theirs,
+                # A shell that runs the tests in the background has them ignore SIGINT; a terminal does not.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
             try:
                 await until("Say hi")
