@@ -36,7 +36,7 @@ from semipd.flags import add_flags, check_fields, from_flags, setting
 from semipd.model.spec import load_spec
 
 LONGEST = 4096  # positions of a sequence that profiling needs at most
-SHARES = (0.6, 0.3, 0.1)  # of the time: steps alone, beside each other, under the planner
+SHARES = (0.5, 0.4, 0.1)  # of the time: steps alone, beside each other, under the planner
 
 
 @dataclass(frozen=True)

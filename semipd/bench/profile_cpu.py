@@ -126,26 +126,26 @@ class Bench:
         self._open.clear()
         self._next_block = 0
 
-    def time(self, step: Step, units: int, seconds: float) -> list[float]:
-        """Seconds of each of some repetitions on `units`, for about so long."""
+    def time(self, step: Step, units: int, seconds: float, least: int = 1) -> list[float]:
+        """Seconds of each of some repetitions on `units`, for about so long, with `least` at the least."""
         lane = Lane.DECODE if step.pipelined else Lane.PREFILL
         total = self.executor.device.units
         rest = {Lane.PREFILL: 0, Lane.DECODE: 0}
         self.executor.resize(Split({**rest, lane: units}, total))
-        found = self._run({lane: step}, seconds)[lane]
+        found = self._run({lane: step}, seconds, least)[lane]
         self.clear()
         return found
 
     def time_beside(self, prompt: Step, decode: Step, split: Split, seconds: float) -> tuple[float, float]:
         """Mean seconds of both while both go on all the time."""
         self.executor.resize(split)
-        found = self._run({Lane.PREFILL: prompt, Lane.DECODE: decode}, seconds)
+        found = self._run({Lane.PREFILL: prompt, Lane.DECODE: decode}, seconds, least=3)
         self.clear()
         return statistics.fmean(found[Lane.PREFILL]), statistics.fmean(found[Lane.DECODE])
 
-    def _run(self, steps: dict[Lane, Step], seconds: float) -> dict[Lane, list[float]]:
-        """Keep every lane busy for so long, or until each has a repetition to show. The first one warms up
-        and does not count unless it is the only one."""
+    def _run(self, steps: dict[Lane, Step], seconds: float, least: int) -> dict[Lane, list[float]]:
+        """Keep every lane busy for so long, and until each has `least` repetitions to show. The first one
+        warms up and does not count unless it is the only one."""
         make = {lane: self.prepare(step) for lane, step in steps.items()}
         begin = time.monotonic()
         last = dict.fromkeys(steps, begin)
@@ -155,7 +155,7 @@ class Bench:
             for _ in range(2 if step.pipelined else 1):
                 self.executor.submit(lane, make[lane]())
                 in_flight += 1
-        going, wanted = True, len(steps)
+        going = True
         while in_flight:
             for result in self.executor.wait(None):
                 in_flight -= 1
@@ -164,9 +164,9 @@ class Bench:
                 if going or not found[result.lane]:
                     found[result.lane].append(now - last[result.lane])
                 last[result.lane] = now
-                least = min(map(len, found.values()))
-                over = now - begin > seconds or (wanted == 1 and least > MOST)
-                going = going and (not over or least < wanted)
+                fewest = min(map(len, found.values()))
+                over = now - begin > seconds or (len(steps) == 1 and fewest > MOST)
+                going = going and (not over or fewest < least)
                 if going:
                     self.executor.submit(result.lane, make[result.lane]())
                     in_flight += 1
@@ -210,8 +210,8 @@ def measure_alone(
 
 @dataclass(frozen=True)
 class Slowdown:
-    """How many times as long prompts and decode steps take while both run on these shares, as geometric
-    means over pairs of steps, and the largest deviation from them as a ratio."""
+    """How many times as long prompts and decode steps take while both run on these shares: medians over
+    pairs of steps, and the largest deviation from them as a ratio."""
 
     prefill: int
     decode: int
@@ -235,13 +235,13 @@ def measure_beside(
         logs: tuple[list[float], list[float]] = ([], [])
         for prompt, decode in itertools.product(prompts, decodes):
             alone = (
-                statistics.fmean(bench.time(prompt, first, each / 2)),
-                statistics.fmean(bench.time(decode, second, each / 2)),
+                statistics.fmean(bench.time(prompt, first, each / 2, least=3)),
+                statistics.fmean(bench.time(decode, second, each / 2, least=3)),
             )
             both = bench.time_beside(prompt, decode, Split.pair(first, second, total), 2.0 * each)
             for kind in (0, 1):
                 logs[kind].append(math.log(both[kind] / alone[kind]))
-        means = [statistics.fmean(values) for values in logs]
+        means = [statistics.median(values) for values in logs]
         spread = max(
             abs(value - mean) for values, mean in zip(logs, means, strict=True) for value in values
         )
