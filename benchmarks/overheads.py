@@ -43,9 +43,9 @@ def some_prompts(seed: int) -> list[list[int]]:
     return [[rng.randrange(8000) for _ in range(INPUT)] for _ in range(REQUESTS)]
 
 
-def ours(folder: Path) -> tuple[Callable[[int], float], Callable[[], None]]:
+def ours(folder: Path, dtype: str) -> tuple[Callable[[int], float], Callable[[], None]]:
     """Output tokens per second of one round, and how to end it."""
-    llm = LLM(str(folder), load_format="dummy", dtype="float32", kv_blocks=KV_BLOCKS, max_model_len=2048)
+    llm = LLM(str(folder), load_format="dummy", dtype=dtype, kv_blocks=KV_BLOCKS, max_model_len=2048)
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
 
     def measure(seed: int) -> float:
@@ -58,13 +58,13 @@ def ours(folder: Path) -> tuple[Callable[[int], float], Callable[[], None]]:
     return measure, llm.close
 
 
-def transformers_peer(folder: Path, batch: int) -> Callable[[int], float]:
+def transformers_peer(folder: Path, batch: int, dtype: str) -> Callable[[int], float]:
     """`generate` on batches of `batch` equal-length prompts."""
     import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).eval()
 
     def measure(seed: int) -> float:
         prompts = torch.tensor(some_prompts(seed))
@@ -84,13 +84,13 @@ def transformers_peer(folder: Path, batch: int) -> Callable[[int], float]:
     return measure
 
 
-def throughput(folder: Path, rounds: int, peers: bool) -> dict[str, list[float]]:
+def throughput(folder: Path, rounds: int, peers: bool, dtype: str) -> dict[str, list[float]]:
     """Interleaved rounds of everybody, after one round of warm-up."""
-    measure, close = ours(folder)
+    measure, close = ours(folder, dtype)
     runners = {"semipd": measure}
     if peers:
-        runners["transformers generate, batch 8"] = transformers_peer(folder, 8)
-        runners["transformers generate, batch 16"] = transformers_peer(folder, 16)
+        runners["transformers generate, batch 8"] = transformers_peer(folder, 8, dtype)
+        runners["transformers generate, batch 16"] = transformers_peer(folder, 16, dtype)
     try:
         for runner in runners.values():
             runner(0)
@@ -163,15 +163,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="offline part")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory() as name:
         folder = write_shape(SHAPE, Path(name))
-        rates = throughput(folder, options.rounds, not options.no_peers)
+        rates = throughput(folder, options.rounds, not options.no_peers, options.dtype)
         added = http_overhead(folder, 20)
     best = statistics.median(rates["semipd"])
-    table = Table(title=f"{REQUESTS} requests, {INPUT} in, {OUTPUT} out, 12.6M parameters, float32")
+    table = Table(title=f"{REQUESTS} requests, {INPUT} in, {OUTPUT} out, 12.6M parameters, {options.dtype}")
     for heading in ("engine", "output tok/s (median)", "ours is"):
         table.add_column(heading)
     for name, values in rates.items():
@@ -184,7 +185,13 @@ def main() -> int:
         f"first token: {added['http_ms']:.1f} ms over HTTP, {added['library_ms']:.1f} ms inside; "
         f"memory {added['pss_mb']:.0f} MB, of which the KV pool is {pool:.0f} MB when full"
     )
-    result = {"benchmark": "overheads", "machine": describe(), "tokens_per_s": rates, **added}
+    result = {
+        "benchmark": "overheads",
+        "dtype": options.dtype,
+        "machine": describe(),
+        "tokens_per_s": rates,
+        **added,
+    }
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
