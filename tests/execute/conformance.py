@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from semipd.core.ports import Executor
+from semipd.core.ports import Executor, ExecutorLost
 from semipd.core.types import Batch, BlockAppend, Lane, Sampling, Slice, Split, StepResult
 
 
@@ -240,3 +240,5 @@ class ExecutorConformance(ABC):
         executor = harness.make()
         executor.close()
         executor.close()
+        with pytest.raises(ExecutorLost):
+            executor.wait(0.0)
