@@ -91,8 +91,8 @@ def resolve(config: Config) -> Resolved:
 
 
 def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) -> Engine:
-    """Start the executor and put the planner on it. Call on the thread that will run `Engine.step`: the
-    executor's processes end with it. The caller closes `engine.executor`."""
+    """Start the executor and put the planner on it. Call on the thread that will run `Engine.step`, which
+    must outlive the loading at least. The caller closes `engine.executor`."""
     resolved = config if isinstance(config, Resolved) else resolve(config)
     settings = resolved.config
     executor, blocks, max_length = (_start_cuda if resolved.device == "cuda" else _start_cpu)(resolved)
