@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from semipd.core.errors import ConfigError
 from semipd.core.ports import ExecutorLost
 from semipd.core.types import Batch, Device, Lane, Sampling, Split, StepResult
+from semipd.execute import watch
 from semipd.execute.cores import available_cores
 from semipd.execute.launch import ResidentProcess
 from semipd.execute.shared import LANES, SharedMemory
@@ -29,7 +31,7 @@ from semipd.execute.wire import Channel, Done, Failed, Forked, Job, Start
 
 SWITCH_SECONDS = 50e-6  # moving a worker's threads to other cores, at its next boundary
 _EARLY = 1.0  # a worker that dies idle within this many seconds of its fork died of its start
-_EARLY_DEATHS = 5  # so many in a row, and forking again is hopeless
+_EARLY_DEATHS = 5  # so many in a row without a result, and forking again is hopeless
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +46,20 @@ class _Flight:
 
 @dataclass(slots=True)
 class _Worker:
-    """A lane's present worker, and what it was asked to do."""
+    """A lane's present worker, and what it was asked to do.
+
+    ordered: forks that the resident has not told of yet; until it has, the worker's pid is None.
+    """
 
     lane: Lane
     number: int
     channel: Channel[Done]
-    forked_at: float
-    pid: int | None = None  # None until the resident has told it
+    pid: int | None = None
+    forked_at: float = 0.0  # when the resident told
+    ordered: int = 1
     flights: deque[_Flight] = field(default_factory=deque)
     early_deaths: int = 0
+    watch: watch.Watch = field(default_factory=watch.Watch)
 
 
 class CpuExecutor:
@@ -89,6 +96,7 @@ class CpuExecutor:
         self._lost: str | None = None
         self._lock = threading.Lock()  # between `wake` on any thread and `close`
         self._closed = False
+        self._looked = 0.0
         self._workers: dict[Lane, _Worker] = {}
         self._by_descriptor: dict[int, _Worker] = {}
         start = Start(
@@ -109,8 +117,10 @@ class CpuExecutor:
         self._resources = contextlib.ExitStack()
         try:
             self._acquire(start)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):  # no descriptors, processes or memory for so few as these
+                raise ExecutorLost(f"the CPU executor cannot start: {error.strerror}") from error
             raise
 
     def processes(self) -> dict[str, int | None]:
@@ -144,8 +154,7 @@ class CpuExecutor:
         results: list[StepResult] = []
         while True:
             woken = False
-            seconds = None if until is None else max(until - time.monotonic(), 0.0)
-            for descriptor, _ in self._events.poll(seconds):
+            for descriptor, _ in self._events.poll(self._pause(until)):
                 if descriptor == self._alarm:
                     os.eventfd_read(self._alarm)
                     woken = True
@@ -153,6 +162,7 @@ class CpuExecutor:
                     self._hear_worker(worker, results)
                 else:
                     self._hear_resident()
+            self._look()
             if results or woken:
                 return results
             self._check()
@@ -201,7 +211,7 @@ class CpuExecutor:
         self._events.register(self._resident.channel.fileno(), select.EPOLLIN)
         self._resident.load(start, self._shared.descriptor)
         for number, lane in enumerate(LANES):
-            self._adopt(_Worker(lane, number, self._resident.fork(number), time.monotonic()))
+            self._adopt(_Worker(lane, number, self._resident.fork(number)))
         while None in self.processes().values():
             self.wait(time.monotonic() + 1.0)
 
@@ -215,6 +225,31 @@ class CpuExecutor:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             worker.channel.send(Job(batch.step, batch.slices))
 
+    def _pause(self, until: float | None) -> float | None:
+        """How long `wait` may sleep now: no longer than to the next look while anybody owes an answer."""
+        owed = any(worker.flights or worker.pid is None for worker in self._workers.values())
+        longest = watch.LOOK if owed else None
+        if until is None:
+            return longest
+        left = max(until - time.monotonic(), 0.0)
+        return left if longest is None else min(left, longest)
+
+    def _look(self) -> None:
+        """Once a second, see whether those who owe an answer still work on it."""
+        now = time.monotonic()
+        if now < self._looked + watch.LOOK:
+            return
+        self._looked = now
+        for worker in self._workers.values():
+            if worker.pid is None:
+                if worker.watch.stuck(self._resident.pid):
+                    self._lost = self._lost or "the resident process does not answer"
+            elif not worker.flights:
+                worker.watch.rest()
+            elif worker.watch.stuck(worker.pid):
+                log.warning("the %s worker computes no more: it is killed", worker.lane.value)
+                os.kill(worker.pid, signal.SIGKILL)  # ours until a fork is ordered in its place
+
     def _hear_resident(self) -> None:
         """Take what the resident says; its end is the executor's."""
         try:
@@ -223,7 +258,10 @@ class CpuExecutor:
             self._lost = self._lost or self._resident.why_dead()
             return
         if isinstance(answer, Forked):
-            self._workers[LANES[answer.lane]].pid = answer.pid
+            worker = self._workers[LANES[answer.lane]]
+            worker.ordered -= 1
+            if not worker.ordered:  # else it tells of one that has died since
+                worker.pid, worker.forked_at = answer.pid, time.monotonic()
         elif isinstance(answer, Failed):
             self._lost = answer.message
 
@@ -260,8 +298,8 @@ class CpuExecutor:
             flights[0].deaths += 1
             if flights[0].deaths >= 2:
                 results.append(_poisoned(worker.lane, flights.popleft(), now))
-        elif now - worker.forked_at < _EARLY:
-            worker.early_deaths += 1
+        elif flights or worker.pid is None or now - worker.forked_at < _EARLY:
+            worker.early_deaths += 1  # it could not even begin
         if worker.early_deaths >= _EARLY_DEATHS:
             self._lost = (
                 f"{_EARLY_DEATHS} {worker.lane.value} workers in a row died as soon as they started"
@@ -272,7 +310,9 @@ class CpuExecutor:
         except ExecutorLost as lost:
             self._lost = str(lost)
             return
-        worker.pid, worker.forked_at = None, now
+        worker.pid = None
+        worker.ordered += 1
+        worker.watch.rest()
         self._adopt(worker)
         for flight in flights:
             self._send(worker, flight.batch)

@@ -48,17 +48,20 @@ class ResidentProcess:
     """
 
     def __init__(self) -> None:
-        ours, theirs = socket_pair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # the caller's output is the caller's; messages go to stderr
-                env=environment(),
-                pass_fds=(theirs.fileno(),),
-                process_group=0,
-            )
-        self.channel: Channel[Answer] = Channel(ours, Answer)
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket_pair()
+            undo.callback(ours.close)
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,  # the caller's output is the caller's; messages go to stderr
+                    env=environment(),
+                    pass_fds=(theirs.fileno(),),
+                    process_group=0,
+                )
+            self.channel: Channel[Answer] = Channel(ours, Answer)
+            undo.pop_all()
 
     @property
     def pid(self) -> int:
@@ -79,7 +82,10 @@ class ResidentProcess:
 
     def fork(self, lane: int) -> Channel[Done]:
         """Order a worker; returns our end of its socket, which takes jobs at once. Raises ExecutorLost."""
-        ours, theirs = socket_pair()
+        try:
+            ours, theirs = socket_pair()
+        except OSError as error:
+            raise ExecutorLost(f"no socket for a new worker: {error.strerror}") from None
         with theirs:
             try:
                 self.channel.send(Fork(lane), [theirs.fileno()])
