@@ -1,10 +1,11 @@
-"""The evaluation of semi-PD (arXiv 2504.19867) in simulation: goodput and latency of every policy.
+"""The evaluation of semi-PD (arXiv 2504.19867) in simulation: goodput and latency of every way.
 
-One cell is (model, workload, SLO, policy, seed): the rate at which 90% of the requests meet both targets,
-found by bisection, and the mean latency at two fixed rates. Cells are kept in a JSON-lines file and not
-computed again, so a run can be stopped and resumed.
+One cell is (case, targets, way, seed): the rate at which 90% of the requests meet both targets, and
+latencies at fixed rates. All ways see the same requests. Cells are kept in a JSON-lines file with the
+commit they were made from and are not computed again, so a run can be stopped and resumed; several runs
+with different --only or --seeds can share a file.
 
-    python -m benchmarks.paper --cells benchmarks/results/paper.jsonl [--only 8b-sharegpt] [--seeds 0 1 2]
+    python -m benchmarks.paper --cells benchmarks/results/paper.jsonl [--only 8b-sharegpt] [--seeds 1 2 3]
     python -m benchmarks.paper_table --cells benchmarks/results/paper.jsonl
 """
 
@@ -13,166 +14,205 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from semipd.bench.scenario import Scenario, find_goodput, simulate
+from benchmarks.paper_cases import CASES, Case, policy_of, ways
+from benchmarks.search import GRID, goodput_index, rate_at
+from semipd.bench.scenario import STEADY, Scenario, simulate
 from semipd.config import PolicyConfig
+from semipd.core.ports import Observer
+from semipd.core.types import Event, Finished
 
-MAX_BATCH = 512
-RATES = (0.5, 0.8)  # of the case's nominal rate, for mean latencies
-PRECISION = 0.04  # of a goodput, relative
+HOPELESS = (
+    0.2  # share of missed requests at which a run of the search is broken off: its verdict is certain
+)
 
-
-@dataclass(frozen=True)
-class Case:
-    """A row of the paper's evaluation. rate: nominal requests per second, all devices together.
-    published: goodput of semi-PD over vLLM's default, vLLM chunked and DistServe, where given."""
-
-    model: str
-    device: str
-    workload: str
-    rate: float
-    slos: dict[str, tuple[float, float]]
-    tensor_parallel: int = 1
-    requests: int = 800
+Key = tuple[str, str, str, int]
+Cells = dict[Key, dict[str, Any]]
 
 
-CASES: dict[str, Case] = {
-    "8b-sharegpt": Case(
-        "llama3-8b", "a100-80g", "sharegpt", 12.0, {"tight": (0.3, 0.15), "loose": (0.4, 0.2)}
-    ),
-    "8b-longbench": Case(
-        "llama3-8b", "a100-80g", "longbench", 4.0, {"tight": (2.25, 0.13), "loose": (3.0, 0.18)}
-    ),
-    "70b-sharegpt": Case(
-        "llama3-70b", "a100-80g", "sharegpt", 6.0, {"tight": (0.85, 0.3), "loose": (1.1, 0.4)}, 4
-    ),
-    "70b-longbench": Case(
-        "llama3-70b", "a100-80g", "longbench", 2.0, {"tight": (6.0, 0.3), "loose": (8.0, 0.4)}, 4
-    ),
-    "v2lite-sharegpt": Case("deepseek-v2-lite", "a100-80g", "sharegpt", 14.0, {"as 8b tight": (0.3, 0.15)}),
-    "v3-math500": Case("deepseek-v3", "h200", "math500", 14.0, {"as 70b loose": (1.1, 0.4)}, 8),
-    "8b-mixed": Case("llama3-8b", "a100-80g", "mixed", 6.0, {"tight": (1.0, 0.1)}),
-    "8b-bursty": Case("llama3-8b", "a100-80g", "sharegpt", 10.0, {"tight": (0.3, 0.1)}),
-    "8b-drifting": Case("llama3-8b", "a100-80g", "drifting", 6.0, {"tight": (0.6, 0.1)}),
-}
-ARRIVALS = {"8b-bursty": "gamma:3"}
-CHUNKS = (512, 1024, 2048)
-SHARES = (0.22, 0.3, 0.37, 0.45, 0.6)  # of decode, for the static splits
+class Hopeless(Exception):
+    """More requests have missed than a run may that meets its goal."""
 
 
-def ways(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every policy by name."""
-    units = {"a100-80g": 108, "h200": 132}[case.device]
-    for share in SHARES:
-        decode = max(8, round(share * units / 8) * 8)
-        yield f"static {units - decode}:{decode}", {"split": f"static:{units - decode},{decode}"}
-    yield "shared", {"split": "shared"}
-    yield "paper", {"split": "paper"}
-    yield "auto", {"split": "auto"}
-    yield "prefill-first", {"policy": "prefill-first"}
-    for chunk in CHUNKS:
-        yield f"chunked {chunk}", {"policy": "chunked", "chunk_tokens": chunk}
-    yield (
-        "chunked 2048, long prompts 512",
-        {"policy": "chunked", "chunk_tokens": 2048, "long_prompt_threshold": 512},
-    )
-    if case.tensor_parallel == 1:
-        yield "disaggregated, 2 devices", {"policy": "disaggregated", "transfer_bandwidth": 64 * 2**30}
+class GiveUp:
+    """An observer that raises Hopeless once `allowed` of the requests that count have missed."""
+
+    def __init__(self, policy: PolicyConfig, window: tuple[float, float], allowed: float) -> None:
+        self._ttft, self._tpot = policy.ttft_slo or math.inf, policy.tpot_slo or math.inf
+        self._window, self._allowed = window, allowed
+        self.missed = 0
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, Finished):
+            return
+        request = event.request
+        if self._window[0] <= request.arrival <= self._window[1]:
+            gaps = max(len(request.output) - 1, 1)
+            tpot = (request.last_token_at - request.first_token_at) / gaps
+            late = request.first_token_at - request.arrival > self._ttft
+            self.missed += late or tpot > self._tpot
+            if self.missed > self._allowed:
+                raise Hopeless
 
 
-def measure(name: str, slo: str, way: str, seed: int, requests: int | None) -> dict[str, Any]:
-    """One cell."""
-    case = CASES[name]
-    ttft, tpot = case.slos[slo]
-    settings = dict(ways(case))[way]
-    policy = PolicyConfig(max_num_seqs=MAX_BATCH, ttft_slo=ttft, tpot_slo=tpot, **settings)
-    disaggregated = policy.policy == "disaggregated"
-    scenario = Scenario(
+def scenario_of(case: Case, way: str, seed: int, requests: int | None = None) -> Scenario:
+    """The case as a scenario at its nominal rate per device that the others use."""
+    return Scenario(
         model=case.model,
         device=case.device,
         tensor_parallel=case.tensor_parallel,
-        devices=2 if disaggregated else 1,
+        devices=2 if way.startswith("disaggregated") else 1,
         workload=case.workload,
-        arrivals=ARRIVALS.get(name, "poisson"),
-        rate=case.rate,
+        arrivals=case.arrivals,
+        rate=case.rate * (2 if way.startswith("disaggregated") else 1),
         requests=requests or case.requests,
         seed=seed,
     )
-    per = 2 if disaggregated else 1  # rates are per device that the others use
-    begin = time.perf_counter()
-    best = find_goodput(scenario, policy, PRECISION)
-    curve = []
-    for factor in RATES:
-        rate = factor * case.rate * per
-        result = simulate(dataclasses.replace(scenario, rate=rate), policy, steady=True)
-        curve.append(
-            {
-                "rate": rate / per,
-                "e2e_mean_s": result["e2e_s"]["mean"],
-                "ttft_p90_s": result["ttft_s"]["p90"],
-                "tpot_p90_s": result["tpot_s"]["p90"],
-                "attainment": result["attainment"],
-            }
-        )
+
+
+class Runs:
+    """Runs of one way at points of the grid, kept by index."""
+
+    def __init__(self, scenario: Scenario, policy: PolicyConfig) -> None:
+        self._scenario, self.policy = scenario, policy
+        self._attainment: dict[int, float] = {}
+        self.points: dict[int, dict[str, float]] = {}  # the runs that went to their end
+
+    def attainment(self, index: int) -> float:
+        """At a rate; of a hopeless run an upper bound, below the goal."""
+        if index not in self._attainment:
+            scenario = dataclasses.replace(self._scenario, rate=rate_at(self._scenario.rate, index))
+            window = (STEADY[0] * scenario.span, STEADY[1] * scenario.span)
+            counted = sum(window[0] <= arrival.time <= window[1] for arrival in scenario.arrive())
+            try:
+                self._run(index, GiveUp(self.policy, window, HOPELESS * counted))
+            except Hopeless:
+                self._attainment[index] = 1.0 - HOPELESS
+        return self._attainment[index]
+
+    def point(self, index: int) -> dict[str, float]:
+        """Latencies at a rate, however bad."""
+        if index not in self.points:
+            self._run(index)
+        return self.points[index]
+
+    def result(self, scenario: Scenario, observers: Iterable[Observer]) -> dict[str, Any]:
+        """One run; its steady part."""
+        return simulate(scenario, self.policy, steady=True, observers=observers)
+
+    def _run(self, index: int, *observers: GiveUp) -> None:
+        scenario = dataclasses.replace(self._scenario, rate=rate_at(self._scenario.rate, index))
+        result = self.result(scenario, observers)
+        self._attainment[index] = result["attainment"]
+        self.points[index] = {
+            "rate": round(scenario.rate / scenario.devices, 4),
+            "attainment": round(result["attainment"], 4),
+            "e2e_mean_s": round(result["e2e_s"]["mean"], 4),
+            "ttft_mean_s": round(result["ttft_s"]["mean"], 4),
+            "ttft_p90_s": round(result["ttft_s"]["p90"], 4),
+            "tpot_p90_s": round(result["tpot_s"]["p90"], 5),
+        }
+
+
+def curve_indices(case: Case) -> list[int]:
+    """Points of the grid at which every way's latency is taken."""
+    return [round(math.log(part) / math.log(GRID)) for part in case.curve]
+
+
+def measure(key: Key, guess: int, requests: int | None = None) -> dict[str, Any]:
+    """One cell. guess: index of the grid where the goodput may be."""
+    name, slo, way, seed = key
+    case = CASES[name]
+    begin = time.process_time()
+    scenario = scenario_of(case, way, seed, requests)
+    runs = Runs(scenario, policy_of(case, slo, way))
+    curve = [runs.point(index) for index in curve_indices(case)]
+    index = goodput_index(runs.attainment, guess)
     return {
         "case": name,
         "slo": slo,
         "way": way,
         "seed": seed,
         "requests": scenario.requests,
-        "goodput": best["goodput"] / per,
+        "goodput": round(rate_at(case.rate, index), 4),
+        "index": round(index, 2),
         "curve": curve,
-        "seconds": time.perf_counter() - begin,
+        "tried": {point["rate"]: point["attainment"] for _, point in sorted(runs.points.items())},
+        "cpu_s": round(time.process_time() - begin, 1),
     }
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str, int]:
+def key_of(row: dict[str, Any]) -> Key:
     return (row["case"], row["slo"], row["way"], row["seed"])
 
 
-def read_cells(path: Path) -> dict[tuple[str, str, str, int], dict[str, Any]]:
+def read_cells(path: Path) -> Cells:
+    """Every finished cell; empty without a file."""
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return {_key(row): row for row in rows}
+    return {key_of(row): row for row in rows}
+
+
+def guess_for(key: Key, done: Cells) -> int:
+    """Where the goodput may be: that of the same way with another seed, or with other targets, or of the
+    way before it; else the nominal rate."""
+    name, slo, way, _ = key
+    names = list(ways(CASES[name]))
+    near = [names[max(names.index(way) - 1, 0)], "auto"]
+    for wanted in ((slo, way), (None, way), *((slo, other) for other in near)):
+        for (case, targets, found, _), row in reversed(done.items()):
+            if case == name and found == wanted[1] and wanted[0] in (None, targets):
+                return round(float(row["index"]))
+    return 0
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" when files of the engine differ from it."""
+    words = ["git", "rev-parse", "--short=9", "HEAD"]
+    name = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "semipd"], check=False).returncode
+    return name + "+" * bool(changed)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cells", type=Path, default=Path("benchmarks/results/paper.jsonl"))
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--requests", type=int, help="per run (default: the case's own)")
-    parser.add_argument("--ways", nargs="*", help="only policies whose name starts with one of these")
-    parser.add_argument("--slos", nargs="*", help="only these SLOs")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--ways", nargs="*", help="only those whose name starts with one of these")
+    parser.add_argument("--skip", nargs="*", default=[], help="none whose name starts with one of these")
+    parser.add_argument("--slos", nargs="*", help="only these targets")
     options = parser.parse_args()
-    done = read_cells(options.cells)
-    todo = [
-        (name, slo, way, seed, options.requests)
-        for seed in options.seeds
+    source, new = commit(), 0
+    for key in (
+        (name, slo, way, seed)
         for name in options.only
+        for seed in options.seeds
         for slo in CASES[name].slos
-        for way, _ in ways(CASES[name])
-        if (name, slo, way, seed) not in done
-        and (not options.ways or way.startswith(tuple(options.ways)))
+        for way in ways(CASES[name])
+        if (not options.ways or way.startswith(tuple(options.ways)))
+        and not way.startswith(tuple(options.skip))
         and (not options.slos or slo in options.slos)
-    ]
-    with ProcessPoolExecutor(options.workers) as pool, options.cells.open("a") as file:
-        for row in pool.map(measure, *zip(*todo, strict=True)) if todo else ():
+    ):
+        done = read_cells(options.cells)  # again, as another run may have written to it
+        if key in done:
+            continue
+        row = {**measure(key, guess_for(key, done), options.requests), "commit": source}
+        with options.cells.open("a") as file:
             file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(
-                f"{row['case']:16} {row['slo']:12} {row['way']:30} {row['goodput']:7.2f} req/s", flush=True
-            )
-    print(json.dumps({"benchmark": "paper", "cells": len(read_cells(options.cells)), "new": len(todo)}))
+        new += 1
+        print(f"{key[0]:18} {key[1]:6} {key[2]:30} {key[3]} {row['goodput']:7.2f}/s {row['cpu_s']:6.1f} s")
+        sys.stdout.flush()
+    print(json.dumps({"benchmark": "paper", "cells": len(read_cells(options.cells)), "new": new}))
     return 0
 
 

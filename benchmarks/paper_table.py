@@ -1,6 +1,10 @@
-"""The cells of benchmarks/paper.py as tables in Markdown, and pictures.
+"""The cells of benchmarks/paper.py as tables in Markdown, and pictures beside them.
 
-python -m benchmarks.paper_table --cells benchmarks/results/paper.jsonl --out docs/results-paper.md
+Figures are medians over the seeds, with the least and the most in brackets; ratios are taken seed by seed,
+on the same requests. The best of several ways is the one with the best median over all seeds of the
+workload, chosen in hindsight for each workload (and, for latencies, for each rate).
+
+    python -m benchmarks.paper_table --cells benchmarks/results/paper.jsonl --out docs/results-paper.md
 """
 
 from __future__ import annotations
@@ -10,116 +14,216 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot
-
 from benchmarks.paper import read_cells
+from benchmarks.paper_cases import ARRIVAL, CASES, SHORTEST
+from benchmarks.paper_plot import plot_curves, plot_goodput
 
 # Request rate at 90% attainment of semi-PD over each, as published (mean over its models and data sets).
-PUBLISHED = {"prefill-first": 1.72, "best chunked": 1.55, "disaggregated, 2 devices": 1.62, "shared": 1.11}
+PUBLISHED = {"prefill-first": "1.72", "chunked": "1.55", "disaggregated": "1.62", "shared": "1.11"}
+PUBLISHED_LATENCY = {
+    "v2lite-sharegpt": "1.27 to 2.40",
+    "v3-math500": "1.49 to 2.58",
+}  # over SGLang's default
 
-COLORS = {
-    "auto": "tab:red",
-    "static": "tab:orange",
-    "shared": "tab:olive",
-    "paper": "tab:green",
-    "chunked": "tab:blue",
-    "prefill-first": "tab:purple",
-}
-
-
-def grouped(path: Path) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
-    """(case, slo) -> way -> its cells, one a seed."""
-    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_cells(path).values():
-        found[row["case"], row["slo"]][row["way"]].append(row)
-    return found
+Row = dict[str, Any]
+Ways = dict[str, dict[int, Row]]  # way -> seed -> its cell
+Figure = Callable[[Row], float]
 
 
-def goodput(rows: list[dict[str, Any]]) -> float:
-    return statistics.mean(row["goodput"] for row in rows)
+def grouped(path: Path) -> dict[tuple[str, str], Ways]:
+    """(case, targets) -> its ways, in the order of the cases."""
+    found: dict[tuple[str, str], Ways] = defaultdict(lambda: defaultdict(dict))
+    cells = read_cells(path)
+    order = list(CASES)
+    for key in sorted(cells, key=lambda key: (order.index(key[0]), key[1] != "tight")):
+        found[key[0], key[1]][key[2]][key[3]] = cells[key]
+    return {key: dict(ways) for key, ways in found.items()}
 
 
-def latency(rows: list[dict[str, Any]], index: int) -> float:
-    return statistics.mean(row["curve"][index]["e2e_mean_s"] for row in rows)
+def goodput(row: Row) -> float:
+    return float(row["goodput"])
 
 
-def case_table(ways: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """One line a policy: goodput, auto over it, mean latency at both rates."""
-    ours = goodput(ways["auto"]) if "auto" in ways else float("nan")
-    rates = [point["rate"] for point in next(iter(ways.values()))[0]["curve"]]
-    heads = " | ".join(f"mean latency at {rate:.3g}/s" for rate in rates)
-    lines = [f"| policy | goodput, req/s | auto over it | {heads} |", "|---|---|---|" + "---|" * len(rates)]
-    for way, rows in sorted(ways.items(), key=lambda item: -goodput(item[1])):
-        rate = goodput(rows)
-        times = " | ".join(f"{latency(rows, index):.2f} s" for index in range(len(rates)))
-        ratio = f"{ours / rate:.2f}" if rate else "-"
-        name = f"**{way}**" if way == "auto" else way
-        lines.append(f"| {name} | {rate:.2f} | {ratio} | {times} |")
-    return lines
+def latency(index: int) -> Figure:
+    """Mean seconds to the last token at one of the rates of the curve."""
+    return lambda row: float(row["curve"][index]["e2e_mean_s"])
 
 
-def ratios(cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]]) -> list[str]:
-    """auto and the best static split over each baseline, beside the published ratios."""
-    lines = [
-        "| workload | over prefill-first | over best chunked | over disaggregation on 2 devices "
-        "| over shared | over the best fixed way |",
-        "|---|---|---|---|---|---|",
+def spread(values: Iterable[float], digits: int = 2) -> str:
+    """ "median (least to most)"; the value alone where there is one."""
+    rows = sorted(values)
+    if not rows:
+        return "-"
+    text = f"{statistics.median(rows):.{digits}f}"
+    return text if len(rows) == 1 else f"{text} ({rows[0]:.{digits}f} to {rows[-1]:.{digits}f})"
+
+
+def best(
+    ways: Ways, seeds: set[int], figure: Figure, names: Iterable[str], least: bool = False
+) -> str | None:
+    """The one of `names` with the best median over exactly these seeds; None when none has them all."""
+    medians = {
+        name: statistics.median(figure(ways[name][seed]) for seed in seeds)
+        for name in names
+        if name in ways and seeds <= set(ways[name])
+    }
+    if not medians:
+        return None
+    return (min if least else max)(medians, key=lambda name: medians[name])
+
+
+def ratios(ways: Ways, ours: str, other: str | None, figure: Figure, least: bool = False) -> list[float]:
+    """How many times better `ours` is than `other`, seed by seed."""
+    if other is None or ours not in ways:
+        return []
+    pairs = [
+        (figure(row), figure(ways[other][seed])) for seed, row in ways[ours].items() if seed in ways[other]
     ]
+    return [theirs / mine if least else mine / theirs for mine, theirs in pairs if min(mine, theirs) > 0.0]
+
+
+def plain(ways: Ways, *starts: str) -> list[str]:
+    """Ways in the usual order of prompts whose names start so."""
+    return [way for way in ways if way.startswith(starts) and not way.endswith((SHORTEST, ARRIVAL))]
+
+
+def fixed(ways: Ways) -> list[str]:
+    """Every fixed way on one device."""
+    return plain(ways, "static", "shared", "paper", "prefill-first", "chunked")
+
+
+def title(case: str, slo: str) -> str:
+    ttft, tpot = CASES[case].slos[slo]
+    return f"{case}, {slo} ({ttft:g} / {tpot:g} s)"
+
+
+def goodput_table(cells: dict[tuple[str, str], Ways]) -> list[str]:
+    """auto over each kind of way; the last row is the published one."""
+    kinds = ("prefill-first", "chunked", "disaggregated", "shared", "paper", "static")
+    heads = "".join(f" over {'best ' * (kind in ('chunked', 'static'))}{kind} |" for kind in kinds)
+    lines = [f"| workload | seeds | auto, req/s |{heads} over the best fixed way | which |"]
+    lines.append("|" + "---|" * (len(kinds) + 5))
     for (case, slo), ways in cells.items():
         if "auto" not in ways:
             continue
-        ours = goodput(ways["auto"])
-        others = {way: goodput(rows) for way, rows in ways.items() if way != "auto"}
-        chunked = [rate for way, rate in others.items() if way.startswith("chunked")]
-        entries = (
-            others.get("prefill-first"),
-            max(chunked, default=None),
-            others.get("disaggregated, 2 devices"),
-            others.get("shared"),
-            max(others.values(), default=None),
+        seeds = set(ways["auto"])
+        chosen = [best(ways, seeds, goodput, plain(ways, kind)) for kind in kinds]
+        chosen.append(best(ways, seeds, goodput, fixed(ways)))
+        figures = [spread(ratios(ways, "auto", name, goodput)) for name in chosen]
+        rate = spread(map(goodput, ways["auto"].values()))
+        lines.append(
+            f"| {title(case, slo)} | {len(seeds)} | {rate} | {' | '.join(figures)} | {chosen[-1] or '-'} |"
         )
-        cells_text = " | ".join(f"{ours / entry:.2f}" if entry else "-" for entry in entries)
-        lines.append(f"| {case}, {slo} | {cells_text} |")
-    published = " | ".join(f"{PUBLISHED[key]:.2f}" for key in PUBLISHED)
-    lines.append(f"| published (semi-PD, mean) | {published} | - |")
+    published = " | ".join(PUBLISHED.get(kind, "-") for kind in kinds)
+    return [*lines, f"| published for semi-PD, mean over its set | | | {published} | - | |"]
+
+
+def latency_table(cells: dict[tuple[str, str], Ways]) -> list[str]:
+    """How many times lower auto's mean latency is, at every rate of the curve."""
+    kinds = ("prefill-first", "chunked", "shared", "static")
+    heads = "".join(f" over {'best ' * (kind in ('chunked', 'static'))}{kind} |" for kind in kinds)
+    lines = [f"| workload | req/s | auto, s |{heads} over the best fixed way | which | published |"]
+    lines.append("|" + "---|" * (len(kinds) + 6))
+    for (case, slo), ways in cells.items():
+        if "auto" not in ways:
+            continue
+        seeds = set(ways["auto"])
+        for index, point in enumerate(next(iter(ways["auto"].values()))["curve"]):
+            figure = latency(index)
+            chosen = [best(ways, seeds, figure, plain(ways, kind), least=True) for kind in kinds]
+            chosen.append(best(ways, seeds, figure, fixed(ways), least=True))
+            cols = " | ".join(spread(ratios(ways, "auto", name, figure, least=True)) for name in chosen)
+            seconds = spread(map(figure, ways["auto"].values()))
+            lines.append(
+                f"| {title(case, slo)} | {point['rate']:.3g} | {seconds} | {cols} | {chosen[-1] or '-'} "
+                f"| {PUBLISHED_LATENCY.get(case, '-')} |"
+            )
     return lines
 
 
-def plot(cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]], path: Path) -> None:
-    """Goodput of every policy over auto's, one row of points a workload."""
-    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(cells) + 1.5))
-    names = []
-    for row, ((case, slo), ways) in enumerate(reversed(cells.items())):
-        names.append(f"{case}, {slo}")
-        ours = goodput(ways["auto"]) if "auto" in ways else float("nan")
-        for way, rows in ways.items():
-            kind = way.split()[0].rstrip(",")
-            color = COLORS.get(kind, "tab:gray")
-            axes.plot(goodput(rows) / ours, row, "D" if kind == "auto" else "o", color=color, label=kind)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower left")
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="goodput over auto's (further right is better)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def order_table(cells: dict[tuple[str, str], Ways]) -> list[str]:
+    """The lead of choosing shares and the lead of running short prompts first, apart."""
+    lines = [
+        "| workload | auto over the best fixed way | the same, all in order of arrival "
+        "| the same, all shortest first | what the order gives auto | what it gives the best fixed way |",
+        "|" + "---|" * 6,
+    ]
+    for (case, slo), ways in cells.items():
+        short = [way for way in ways if way.endswith(SHORTEST)]
+        if "auto" not in ways or f"auto{ARRIVAL}" not in ways or not short:
+            continue
+        seeds = set(ways["auto"])
+        usual, shortest = best(ways, seeds, goodput, fixed(ways)), best(ways, seeds, goodput, short)
+        entries = [
+            ratios(ways, "auto", usual, goodput),
+            ratios(ways, f"auto{ARRIVAL}", usual, goodput),
+            ratios(ways, "auto", shortest, goodput),
+            ratios(ways, "auto", f"auto{ARRIVAL}", goodput),
+            ratios(ways, shortest, usual, goodput) if shortest else [],
+        ]
+        lines.append(f"| {title(case, slo)} | {' | '.join(map(spread, entries))} |")
+    return lines if len(lines) > 2 else []
+
+
+def case_table(ways: Ways) -> list[str]:
+    """One line a way: goodput, and at every rate of the curve the mean latency and the attainment."""
+    rates = [point["rate"] for point in next(iter(next(iter(ways.values())).values()))["curve"]]
+    heads = " | ".join(f"mean latency at {rate:.3g}/s (attainment)" for rate in rates)
+    lines = [f"| way | goodput, req/s | {heads} |", "|---|---|" + "---|" * len(rates)]
+    order = sorted(ways, key=lambda way: -statistics.median(map(goodput, ways[way].values())))
+    for way in order:
+        rows = ways[way].values()
+        times = []
+        for index in range(len(rates)):
+            met = statistics.median(row["curve"][index]["attainment"] for row in rows)
+            times.append(f"{statistics.median(map(latency(index), rows)):.2f} s ({met:.0%})")
+        name = f"**{way}**" if way == "auto" else way
+        lines.append(f"| {name} | {spread(map(goodput, rows))} | {' | '.join(times)} |")
+    return lines
+
+
+def document(cells: dict[tuple[str, str], Ways]) -> str:
+    """The whole page."""
+    lines = [
+        "# The paper's evaluation, in simulation: every table",
+        "",
+        "Made by `python -m benchmarks.paper_table --out docs/results-paper.md`; how to read it, and what",
+        "it means, is in [results.md](results.md). Goodput: requests per second at which 90% meet both",
+        "targets (TTFT / TPOT, after each workload's name). Medians over the seeds, least and most in brackets.",
+        "",
+        "![goodput of every way over auto's](results-paper.png)",
+        "",
+        "![attainment and mean latency against rate](results-paper-curves.png)",
+        "",
+        *("## Goodput of auto over the others", "", *goodput_table(cells), ""),
+        *("## Mean latency of the others over auto's", "", *latency_table(cells), ""),
+    ]
+    if orders := order_table(cells):
+        lines += ["## The order of prompts, apart from the shares (goodput)", "", *orders, ""]
+    for (case, slo), ways in cells.items():
+        counts = sorted({len(rows) for rows in ways.values()})
+        sources = sorted({row.get("commit", "?") for rows in ways.values() for row in rows.values()})
+        seeds = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
+        lines += [f"## {title(case, slo)}", "", f"Seeds: {seeds}. Commits: {', '.join(sources)}.", ""]
+        lines += [*case_table(ways), ""]
+    return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cells", type=Path, default=Path("benchmarks/results/paper.jsonl"))
-    parser.add_argument("--out", type=Path, help="Markdown file; the picture goes beside it")
+    parser.add_argument("--out", type=Path, help="Markdown file; the pictures go beside it")
     options = parser.parse_args()
     cells = grouped(options.cells)
-    lines = ["### Goodput of auto over the others", "", *ratios(cells), ""]
-    for (case, slo), ways in cells.items():
-        lines += [f"### {case}, {slo}", "", *case_table(ways), ""]
-    text = "\n".join(lines)
+    text = document(cells)
     if options.out:
         options.out.write_text(text)
-        plot(cells, options.out.with_suffix(".png"))
+        plot_goodput(cells, options.out.with_suffix(".png"))
+        plot_curves(cells, options.out.with_name(f"{options.out.stem}-curves.png"))
     print(text)
     print(json.dumps({"benchmark": "paper_table", "cases": len(cells)}))
     return 0
