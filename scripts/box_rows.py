@@ -31,15 +31,27 @@ STREAMS = (
     Stream("medium", rows=8, length=512, every=4, start=400, weight=0.5),
     Stream("long", rows=3, length=2176, every=6, start=2000, weight=0.5),
 )
-KIND_WEIGHTS = {
-    "add": 2.5,
-    "subtract": 3,
-    "copy": 2,
-    "reverse": 1.5,
-    "sort": 4,
-    "count": 12,
-    "recall": 1,
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """How often each kind is drawn for a row of unrelated questions, and the share of such rows that begin
+    with counting, which is learned late unless it often comes without other letters before it."""
+
+    weights: dict[str, float]
+    counting_first: float
+
+
+# Counting first: it is learned soon when there is much of it, and sums want most of the time after that.
+EARLY = Mixture(
+    {"add": 2.5, "subtract": 3, "copy": 2, "reverse": 1.5, "sort": 4, "count": 12, "recall": 1}, 0.5
+)
+LATE = Mixture({"add": 5, "subtract": 6, "copy": 2, "reverse": 2, "sort": 3, "count": 4, "recall": 1}, 0.15)
+LATE_FROM = 1400  # steps
+
+
+def mixture_at(step: int) -> Mixture:
+    return EARLY if step < LATE_FROM else LATE
 
 
 @dataclasses.dataclass
@@ -79,15 +91,13 @@ def running_counts(question: box_tasks.Question, offset: int) -> Iterator[tuple[
             yield offset + begin + index, ord(str(running))
 
 
-def fill_mixed(row: Row, rng: Random) -> None:
+def fill_mixed(row: Row, rng: Random, mixture: Mixture) -> None:
     """Unrelated questions until the row is full; some rows are plain text, some have a system message."""
     plain = rng.random() < 0.12
     if not plain and rng.random() < 0.1:
         row.ids += box_format.encode_message("system", rng.choice(box_tasks.SYSTEM_PROMPTS))
-    kinds, weights = tuple(KIND_WEIGHTS), tuple(KIND_WEIGHTS.values())
-    if (
-        rng.random() < 0.5
-    ):  # counting is learned late unless it often comes first, without other letters before
+    kinds, weights = tuple(mixture.weights), tuple(mixture.weights.values())
+    if rng.random() < mixture.counting_first:
         row.append(box_tasks.draw("count", rng), plain)
     misfits = 0
     while misfits < 4:
@@ -156,7 +166,7 @@ def make_batch(stream: Stream, seed: int, step: int, longest: int) -> dict[str, 
             (fill_rehearsal if rng.random() < 0.3 else fill_recall)(row, rng)
             positions[number] = stretched(positions[number], row, rng, longest)
         else:
-            fill_mixed(row, rng)
+            fill_mixed(row, rng, mixture_at(step))
         ids[number, : len(row.ids)] = torch.tensor(row.ids)
         targets = [(at - 1, row.ids[at]) for begin, end, _ in row.answers for at in range(begin, end)]
         for index, target in targets + row.hints:

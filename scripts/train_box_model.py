@@ -243,7 +243,7 @@ class Trainer:
         already = self.seconds
         names = ("steps", "decay", "rate", "seed", "threads")
         settings = {name: getattr(self.arguments, name) for name in names}
-        self.log({"started": settings, "kinds": box_rows.KIND_WEIGHTS})
+        self.log({"started": settings, "kinds": box_rows.mixture_at(self.step).weights})
         while self.step < self.arguments.steps:
             recent.append(self.train_step())
             if self.step % self.arguments.every == 0 or self.step == self.arguments.steps:

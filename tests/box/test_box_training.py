@@ -81,6 +81,6 @@ def test_stretched_positions_rise_and_stay_within_the_longest_context(rows: Modu
 
 def test_a_row_holds_whole_turns_only(rows: ModuleType) -> None:
     row = rows.Row(64)
-    rows.fill_mixed(row, Random(1))
+    rows.fill_mixed(row, Random(1), rows.EARLY)
     assert len(row.ids) <= 64
     assert all(row.ids[end - 1] == box_format.END for _, end, _ in row.answers)
