@@ -134,6 +134,8 @@ def read_config(options: argparse.Namespace) -> Config:
         if not isinstance(loaded, dict | None):
             raise ConfigError(f"--config {options.config}: not a list of settings and values")
         values = {str(key).replace("-", "_"): value for key, value in (loaded or {}).items()}
+        if len(values) < len(loaded or {}):
+            raise ConfigError(f"--config {options.config}: a setting is given twice, with - and with _")
     values |= {
         name: getattr(options, name) for name in settings() if getattr(options, name, None) is not None
     }

@@ -9,13 +9,15 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from semipd.core.errors import ConfigError
 
 POLICIES = ("semi-pd", "prefill-first", "chunked", "disaggregated")
+PROMPT_ORDERS = ("fcfs", "shortest")
 ADMISSIONS = ("aggressive", "conservative", "past-future")
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -34,14 +36,17 @@ _SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 def parse_size(text: str | int) -> int:
     """A count or a number of bytes: 4096, "32K" (1,024s: K and Ki are the same), "2GiB".
 
-    Raises ConfigError."""
+    A fraction needs a unit, of which it leaves whole ones. Raises ConfigError."""
     if isinstance(text, int) and not isinstance(text, bool):
         return text
     match = _SIZE.match(str(text))
     if not match:
         raise ConfigError(f"{text!r} is not a size; write 4096, 32K or 2GiB")
     power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * 1024**power)
+    size = Decimal(match[1]) * 1024**power
+    if not power and size != int(size):
+        raise ConfigError(f"{text!r} is not a whole number")
+    return int(size)
 
 
 def parse_seconds(text: str | float) -> float:
@@ -176,6 +181,13 @@ class PolicyConfig:
     transfer_bandwidth: int | None = _setting(
         None, "disaggregated only: bytes per second between the pools", "size", low=1, high=2**50
     )
+    prompt_order: str | None = _setting(
+        None,
+        "which prompt runs next: fcfs, as they come, or shortest, the least work left first, with ageing "
+        "(default: shortest with --split auto, else fcfs)",
+        "choice",
+        choices=PROMPT_ORDERS,
+    )
     admission: str = _setting(
         "aggressive", "how many sequences may enter the pool", "choice", choices=ADMISSIONS
     )
@@ -221,7 +233,9 @@ _OWNED = {  # settings that mean something to one policy only
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of an engine and its server, by composition."""
+    """All settings of an engine and its server, by composition.
+
+    Raises ConfigError for a value out of bounds, or one still to be converted (as `from_mapping` does)."""
 
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
@@ -229,6 +243,10 @@ class Config:
     server: ServerConfig = ServerConfig()
 
     def __post_init__(self) -> None:
+        for name, (section, setting, _) in settings().items():
+            value = getattr(getattr(self, section), name)
+            if value is not None and check(name, value, setting) != value:
+                raise ConfigError(f"{value!r} for {name} is to be converted; see config.from_mapping")
         chosen = self.policy.policy
         for name, owner in _OWNED.items():
             if getattr(self.policy, name) is not None and owner != chosen:
@@ -261,13 +279,20 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-            raise ConfigError(f"unknown setting {str(key)!r}{hint}")
+            raise unknown_setting(str(key), known)
         section, setting, _ = known[name]
+        if name in parts[section]:
+            raise ConfigError(f"{key} is given twice")
         if value is not None:
             parts[section][name] = check(name, value, setting)
     return Config(**{section: kind(**parts[section]) for section, kind in sections().items()})
+
+
+def unknown_setting(name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is none of `known`, with the nearest of them."""
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
+    return ConfigError(f"unknown setting {name!r}{hint}")
 
 
 def check(name: str, value: Any, setting: Setting) -> Any:
@@ -293,7 +318,7 @@ def _convert(value: Any, setting: Setting) -> Any:
         case "seconds":
             return parse_seconds(value)
         case "integer":
-            if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+            if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
                 raise ConfigError(f"{value!r} is not a whole number")
             return int(value)
         case "number":
@@ -315,6 +340,8 @@ def _convert(value: Any, setting: Setting) -> Any:
         case _:
             if not isinstance(value, str):
                 raise ConfigError(f"{value!r} is not text")
+            if not value.strip():  # an unset variable of a shell: --api-key "$KEY" must not mean "no key"
+                raise ConfigError("this is empty; leave it out for the default")
             return value
 
 
@@ -343,6 +370,8 @@ def _classes(value: Any) -> tuple[ServiceClass, ...]:
     if len(rows) > MAX_CLASSES:
         raise ConfigError(f"at most {MAX_CLASSES} service classes, not {len(rows)}")
     classes = tuple(_service_class(name, fields) for name, fields in rows)
+    if len({entry.name for entry in classes}) < len(classes):
+        raise ConfigError("two service classes have the same name")
     priorities = [entry.priority for entry in classes if entry.priority is not None]
     if len(set(priorities)) < len(priorities):
         raise ConfigError("two service classes have the same priority")

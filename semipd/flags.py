@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from semipd.config import Setting, check
-from semipd.core.errors import ConfigError
+from semipd.config import Setting, check, unknown_setting
 
 Options = TypeVar("Options")
 
@@ -40,9 +38,7 @@ def from_values(kind: type[Options], values: Mapping[str, Any]) -> Options:
     given = {str(key).replace("-", "_"): value for key, value in values.items()}
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-            raise ConfigError(f"unknown setting {name!r}{hint}")
+            raise unknown_setting(name, known)
     return kind(**{name: value for name, value in given.items() if value is not None})
 
 

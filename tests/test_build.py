@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from semipd.build import make_policy
-from semipd.config import PolicyConfig, from_mapping, parse_seconds, parse_size
+from semipd.cli import _parser, read_config
+from semipd.config import (
+    CacheConfig,
+    Config,
+    ModelConfig,
+    PolicyConfig,
+    Setting,
+    from_mapping,
+    parse_seconds,
+    parse_size,
+    settings,
+)
 from semipd.core.auto import Auto
 from semipd.core.errors import ConfigError
 from semipd.core.policies import Chunked, PrefillFirst, SemiPD
@@ -69,6 +83,15 @@ def test_one_core_is_shared() -> None:
         ({"kv_memory": "lots"}, "not a size"),
         ({"port": 70000}, "not between 0 and 65535"),
         ({"port": True}, "not a whole number"),
+        ({"port": math.inf}, "not a whole number"),
+        ({"port": math.nan}, "not a whole number"),
+        ({"kv_blocks": 2.5}, "not a whole number"),
+        ({"kv_blocks": "0.5"}, "not a whole number"),
+        ({"gpu_memory_share": math.nan}, "not between"),
+        ({"api_key": ""}, "--api-key: this is empty"),
+        ({"model": " "}, "--model: this is empty"),
+        ({"max-num-seqs": 4, "max_num_seqs": 5}, "given twice"),
+        ({"classes": [{"name": "a", "ttft": 1}, {"name": "a", "ttft": 2}]}, "same name"),
         ({"max_num_seqs": 1.5}, "not a whole number"),
         ({"ttft_slo": "-1"}, "not a time"),
         ({"dtype": "float16"}, "not one of auto"),
@@ -88,7 +111,16 @@ def test_flat_names_reach_their_section() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("4096", 4096), ("32K", 32768), ("1.5GiB", 3 * 2**29), ("2 mb", 2**21), (7, 7)]
+    ("text", "value"),
+    [
+        ("4096", 4096),
+        ("32K", 32768),
+        ("1.5GiB", 3 * 2**29),
+        ("2 mb", 2**21),
+        (7, 7),
+        ("1.1K", 1126),
+        ("9007199254740993", 2**53 + 1),  # a float would lose the 1
+    ],
 )
 def test_sizes(text: str | int, value: int) -> None:
     assert parse_size(text) == value
@@ -99,3 +131,67 @@ def test_sizes(text: str | int, value: int) -> None:
 )
 def test_times(text: str | float, value: float) -> None:
     assert parse_seconds(text) == pytest.approx(value)
+
+
+NUMBERS = ("size", "integer", "number", "seconds")
+ALL = {name: setting for name, (_, setting, _) in settings().items()}
+
+
+@pytest.mark.parametrize("name", [name for name, setting in ALL.items() if setting.kind in NUMBERS])
+def test_every_number_has_two_bounds_and_a_default_within(name: str) -> None:
+    setting = ALL[name]
+    default = settings()[name][2]
+    assert math.isfinite(setting.low) and math.isfinite(setting.high)
+    assert default is None or setting.low <= default <= setting.high
+    for beyond in (setting.high * 2 + 1, setting.low - 1, math.inf, -math.inf, math.nan, "much"):
+        with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
+            from_mapping({name: beyond})
+
+
+def example(setting: Setting) -> tuple[str, Any]:
+    """A value that is not the default, as a flag's text and as YAML would give it."""
+    if setting.kind in NUMBERS:
+        number = setting.high if setting.kind == "number" else int(setting.high)
+        return str(number), number
+    if setting.kind == "choice":
+        return setting.choices[-1], setting.choices[-1]
+    if setting.kind == "classes":
+        return '{"batch": {"ttft": 10}}', {"batch": {"ttft": "10s"}}
+    return "some", "some"
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_flags_and_files_mean_the_same(name: str, tmp_path: Path) -> None:
+    """Every setting, by its flag, by its line of a --config file with - or _, and by name."""
+    setting = ALL[name]
+    flag = "--" + name.replace("_", "-")
+    text, value = ("", False) if setting.kind == "flag" else example(setting)
+    words = {"flag": [flag.replace("--", "--no-", 1)], "text": [f"{flag}={text}"]}
+    given = words["flag" if setting.kind == "flag" else "text"] if name != "model" else [text]
+    with_policy = {"chunk_tokens": "chunked", "long_prompt_threshold": "chunked"}
+    policy = {"transfer_bandwidth": "disaggregated", **with_policy}.get(name)
+    fixed = {"policy": policy} if policy else {}
+    expected = from_mapping({name: value, **fixed})
+    assert settings()[name][2] is False or expected != Config()
+    parser = _parser(["serve"])
+    more = [f"--policy={policy}"] if policy else []
+    assert read_config(parser.parse_args(["serve", *given, *more])) == expected
+    for spelled in (name, name.replace("_", "-")):
+        file = tmp_path / "config.yaml"
+        file.write_text(json.dumps({spelled: value, **fixed}))  # JSON is YAML
+        assert read_config(parser.parse_args(["serve", "--config", str(file)])) == expected
+
+
+def test_a_config_of_ones_own_making_is_checked_too() -> None:
+    """`LLM.from_config` takes one that never went through `from_mapping`."""
+    with pytest.raises(ConfigError, match="--seed"):
+        Config(model=ModelConfig(seed=-1))
+    with pytest.raises(ConfigError, match="converted"):
+        Config(cache=CacheConfig(kv_memory="2GiB"))  # type: ignore[arg-type]
+
+
+def test_a_setting_given_in_both_spellings_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("max-num-seqs: 4\nmax_num_seqs: 5\n")
+    with pytest.raises(ConfigError, match="given twice"):
+        read_config(_parser(["serve"]).parse_args(["serve", "--config", str(file)]))

@@ -10,8 +10,13 @@ ROOT = b"semipd"
 
 
 def root(salt: str | None = None) -> bytes:
-    """The start of a chain. Requests with different salts never share a block."""
-    return ROOT if salt is None else hashlib.sha256(ROOT + b"\0" + salt.encode()).digest()
+    """The start of a chain. Requests with different salts never share a block.
+
+    The salt is hashed by itself first: as plain text it could be made to look like a block of tokens, and
+    the root of its chain would be the key of somebody else's block."""
+    if salt is None:
+        return ROOT
+    return hashlib.sha256(ROOT + b"\0" + hashlib.sha256(salt.encode()).digest()).digest()
 
 
 def next_key(previous: bytes, tokens: Sequence[int]) -> bytes:

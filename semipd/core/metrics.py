@@ -75,6 +75,7 @@ class Metrics:
         self.switches = 0
         self.split: Split | None = None
         self._last: dict[Request, float] = {}  # time of the latest token of every unfinished request
+        self._unfinished: set[str] = set()  # their ids
         self._stopped: set[str] = set()
 
     def __call__(self, event: Event) -> None:
@@ -95,8 +96,10 @@ class Metrics:
 
     def count_as_stop(self, request_id: str) -> None:
         """Whoever reads the text has found a stop string and aborts the request: count that as the
-        success that it is. Safe from any thread, before the abort."""
-        self._stopped.add(request_id)
+        success that it is. On the planner thread, before the abort. Ignored, as the abort is, when the
+        request has ended by itself meanwhile."""
+        if request_id in self._unfinished:
+            self._stopped.add(request_id)
 
     def snapshot(self) -> MetricsSnapshot:
         """A copy of everything, as plain data. On the planner thread."""
@@ -150,6 +153,7 @@ class Metrics:
             self.itl.add(now - before, run)
 
     def _first(self, request: Request, now: float) -> None:
+        self._unfinished.add(request.id)
         self.ttft.add(now - request.arrival)
         self.queue_time.add(request.started_at - request.arrival)
         self.prefill_time.add(now - request.started_at)
@@ -167,6 +171,7 @@ class Metrics:
 
     def _finish(self, request: Request) -> None:
         last = self._last.pop(request, None)
+        self._unfinished.discard(request.id)
         reason = request.finish_reason or FinishReason.ERROR
         if request.id in self._stopped:
             self._stopped.discard(request.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
 from hypothesis import given, settings
@@ -91,6 +92,15 @@ def test_salts_separate_and_chains_depend_on_everything_before() -> None:
     assert block_keys(tokens, 4)[1] != block_keys([9, *tokens[1:]], 4)[1]
     assert next_key(block_keys(tokens, 4)[0], tokens[4:]) == block_keys(tokens, 4)[1]
     assert len(block_keys(tokens[:7], 4)) == 1
+
+
+def test_a_salt_cannot_pretend_to_be_a_block() -> None:
+    """A text that reads like the bytes of a block of tokens must not begin where that block ends: its
+    sender would find the blocks of whoever sent these tokens without a salt."""
+    block = [0, 97, 98, 99]
+    forged = array("q", block).tobytes()[1:].decode()
+    assert root(forged) != next_key(root(), block)
+    assert root(forged) not in block_keys(block * 3, 4)
 
 
 @pytest.mark.parametrize(("total", "size"), [(0, 4), (4, 0)])

@@ -148,6 +148,15 @@ def test_an_abort_is_no_success_unless_the_text_was_complete() -> None:
         assert not metrics._stopped
 
 
+def test_a_stop_that_comes_too_late_is_forgotten() -> None:
+    """The stop string may be in the last token that was allowed: the request has ended by then, and its
+    name would stay in memory for as long as the server runs."""
+    metrics = run(Request("a", range(9), 5))
+    metrics.count_as_stop("a")
+    assert not metrics._stopped and not metrics._unfinished
+    assert metrics.finished[FinishReason.LENGTH] == 1
+
+
 def test_a_snapshot_is_a_copy_by_lane() -> None:
     metrics = run(Request("a", range(9), 5))
     snapshot = metrics.snapshot()
