@@ -1,8 +1,8 @@
 """Recorded arrivals: readers for four trace formats. `semipd.trace` writes our own.
 
 Every reader yields `Arrival`s in order of time, seconds from the first row, without holding the file in
-memory. A row that cannot be used raises ConfigError with its number (the line in the file, from 1) and the
-reason.
+memory (nor any line of more than `MAX_LINE` bytes). A row that cannot be used raises ConfigError with its
+number (the line in the file, from 1) and the reason.
 
 azure     CSV with TIMESTAMP, ContextTokens, GeneratedTokens (Azure LLM inference traces).
 mooncake  JSONL with timestamp (ms), input_length, output_length, hash_ids (512-token prefix blocks).
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, AnyStr
 
 import msgspec
 import numpy as np
@@ -32,6 +32,7 @@ from semipd.core.errors import ConfigError
 from semipd.trace import MAX_SECONDS, MAX_TOKENS, TRACE_BLOCK, Arrival, Count, SemipdRow, Time
 
 MOONCAKE_BIN_SECONDS = 3.0
+MAX_LINE = 2**26
 
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
@@ -68,6 +69,16 @@ def _bad(path: Path, row: int, reason: object) -> ConfigError:
     return ConfigError(f"{path.name}, row {row}: {reason}")
 
 
+def _lines(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file, none of which may be longer than memory has room for."""
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise _bad(path, number, f"a line of more than {MAX_LINE} bytes")
+        yield line
+
+
 def _in_order(path: Path, rows: Iterable[tuple[int, Arrival]]) -> Iterator[Arrival]:
     """Times from the first row on; refuses a time that runs backwards."""
     first = latest = None
@@ -87,7 +98,7 @@ def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[
     """(row number, the named columns) of each row, which must have as many fields as the header."""
     # Bytes that are no text pass as surrogates: the field that needs them then names its row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.reader(file)
+        lines = csv.reader(_lines(path, file))
         try:
             header = [name.strip() for name in next(lines, [])]
             missing = [name for name in columns if name not in header]
@@ -178,7 +189,7 @@ def _mooncake(path: Path, seed: int) -> Iterator[Arrival]:
 
     def rows() -> Iterator[tuple[int, MooncakeRow]]:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_lines(path, file), 1):
                 if line.strip():
                     row = _decode(path, number, line, decoder)
                     if len(row.hash_ids) > -(-row.input_length // TRACE_BLOCK):
@@ -211,19 +222,22 @@ def _spread(rows: Iterable[tuple[int, MooncakeRow]], seed: int) -> Iterator[tupl
 
 
 def _semipd(path: Path, seed: int) -> Iterator[Arrival]:
-    """Reads twice: first the times, to find the order (16 bytes a row); then the rows, in that order."""
+    """Reads twice: first the times, to find the order (32 bytes a row); then the rows, in that order."""
     decoder = msgspec.json.Decoder(SemipdRow)
     times, starts = array("d"), array("q")
     numbers = array("q")
     with path.open("rb") as file:
         start = 0
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(path, file), 1):
             if line.strip():
-                times.append(_decode(path, number, line, decoder).time)
+                row = _decode(path, number, line, decoder)
+                if len(row.keys) > -(-row.prompt_tokens // row.block_size):
+                    raise _bad(path, number, f"{len(row.keys)} keys for {row.prompt_tokens} tokens")
+                times.append(row.time)
                 starts.append(start)
                 numbers.append(number)
             start += len(line)
-        order: Iterable[int] = np.argsort(np.frombuffer(times), kind="stable").tolist() if times else []
+        order = np.argsort(np.frombuffer(times), kind="stable") if times else np.empty(0, np.int64)
         first, place = min(times, default=0.0), -1
         for index in order:
             if place != starts[index]:

@@ -36,6 +36,7 @@ FEATURES: Mapping[str, tuple[str, ...]] = {
 }
 HEAD = ("name", "flops_bf16", "memory_bandwidth", "memory_bytes", "units", "unit_kind")
 _MOST_VALUES = 2**20
+_MOST_BYTES = 2**26
 
 Kernels = Mapping[str, Mapping[str, Kernel]]
 
@@ -179,6 +180,8 @@ def load_device(name: str) -> DeviceFile:
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}, or a device file's path"
         raise ConfigError(f"no device {name!r}; {hint}")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"device file {name}: {path.stat().st_size} bytes are no device file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"device file {name}: {error}") from None
@@ -324,7 +327,12 @@ def _kernel(value: Any, features: int, where: str) -> Kernel:
 def _surface(value: Any, features: int, where: str) -> Surface:
     if not isinstance(value, dict) or set(value) != {"axes", "knots", "values"}:
         raise ConfigError(f"{where}: a surface is axes, knots and values")
-    axes = tuple(int(axis) for axis in _numbers(value["axes"], f"{where}: axes", 0, features - 1))
+    axes = tuple(
+        _number(axis, f"{where}: axes", 0, features - 1, whole=True)
+        for axis in _numbers(value["axes"], f"{where}: axes")
+    )
+    if len(set(axes)) < len(axes):
+        raise ConfigError(f"{where}: an axis is named twice")
     if not isinstance(value["knots"], list) or len(value["knots"]) != len(axes):
         raise ConfigError(f"{where}: one list of knots for each axis")
     knots = tuple(_numbers(line, f"{where}: knots", -64, 64) for line in value["knots"])

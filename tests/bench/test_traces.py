@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from semipd.bench import traces
 from semipd.bench.traces import read
+from semipd.cli import main
 from semipd.core.errors import ConfigError
 from semipd.trace import Arrival, TraceWriter
 
@@ -112,6 +115,11 @@ BAD = [
     ("semipd", '{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "text": "x"}\n', "row 1: .*text"),
     ("semipd", '{"time": 0, "prompt_tokens": 99999999, "output_tokens": 1}\n', "row 1: .*prompt_tokens"),
     ("semipd", '{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "keys": ["x"]}\n', "row 1: .*keys"),
+    (
+        "semipd",
+        '{"time": 0, "prompt_tokens": 9, "output_tokens": 1, "block_size": 8, "keys": ["1", "2", "3"]}\n',
+        "row 1: 3 keys for 9 tokens",
+    ),
     ("semipd", b'{"time": 0, "prompt_tokens": 1, "output_to', "row 1: "),
     ("semipd", b"\xff\xfe\n", "row 1: "),
 ]
@@ -205,3 +213,25 @@ def test_the_mooncake_trace_reads_as_published() -> None:
 def test_reading_is_lazy() -> None:
     first = list(islice(read(RECORDED / "mooncake_conversation.jsonl", "mooncake"), 3))
     assert [row.prompt_tokens for row in first] == [6758, 7322, 7236]
+
+
+@pytest.mark.parametrize("format", ["azure", "mooncake", "burstgpt", "semipd"])
+def test_a_line_without_an_end_is_not_held_in_memory(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk image, say: a single line of a terabyte."""
+    path = tmp_path / "trace"
+    path.touch()
+    os.truncate(path, 2**40)
+    monkeypatch.setattr(traces, "MAX_LINE", 2**16)
+    with pytest.raises(ConfigError, match="row 1: a line of more than 65536 bytes"):
+        list(traces.read(path, format))
+
+
+def test_a_bad_row_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, AZURE + "2023-11-16 18:15:46,1,1\nyesterday,1,1\n")
+    words = ["simulate", "--trace", str(path), "--trace-format", "azure", "--json"]
+    assert main(words) == 2
+    assert (
+        capsys.readouterr().err == "semipd: trace, row 3: TIMESTAMP is 'yesterday', not a date and time\n"
+    )

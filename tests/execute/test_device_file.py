@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def test_a_scaled_device_says_so_and_follows_its_own_head() -> None:
         ({"kernels": {"gem": {}}}, "unknown operator"),
         ({"kernels": {"gemm": {"bfloat16": {}}}}, "surfaces"),
         (one_surface([9], [[0]], [0]), "axes"),
+        (one_surface([0.5], [[0]], [0]), "axes"),
+        (one_surface([0, 0], [[0], [0]], [0]), "named twice"),
         (one_surface([0], [[0, 1]], [0]), "1 values for 2 knots"),
         (one_surface([0], [[1, 0]], [0, 0]), "rise"),
         (one_surface([0], [[0]], ["x"]), "values"),
@@ -111,3 +114,12 @@ def test_device_files_are_found_by_name_or_path(tmp_path: Path) -> None:
 def test_a_device_without_a_fit_says_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="no kernel gemm"):
         StepCost(named_spec("tiny-1m"), read_device(HEAD, "x"))
+
+
+def test_a_file_that_is_no_device_is_not_read_whole(tmp_path: Path) -> None:
+    """A sparse file of more than any memory holds, as a wrong path may name one."""
+    path = tmp_path / "disk.img"
+    path.touch()
+    os.truncate(path, 2**40)
+    with pytest.raises(ConfigError, match="are no device file"):
+        load_device(str(path))
