@@ -23,7 +23,7 @@ from semipd.execute.backend import Backend, Side
 from semipd.execute.cuda_graphs import DecodeGraphs, Graph
 from semipd.execute.cuda_lane import AHEAD, Flight, Group, LaneState
 from semipd.execute.cuda_partition import Placement
-from semipd.execute.device_storage import DeviceStorage, Packed, columns_of
+from semipd.execute.device_storage import DeviceStorage, Packed, all_below, columns_of
 from semipd.model.device_model import DeviceModel
 from semipd.model.sampler_device import INVALID, greedy, sample_on_device
 
@@ -91,7 +91,7 @@ class CudaExecutor:
             raise ValueError(f"more than {self.device.depth} steps in flight on {lane.value}")
         columns = columns_of(batch.slices)
         slots = columns[0]
-        if slots.size and not 0 <= slots.min() <= slots.max() < self._users.shape[1]:
+        if slots.size and not all_below(slots, self._users.shape[1]):
             slots = slots[:0]  # the batch will be refused
         mine = LANES.index(lane)
         others = self._users[1 - mine, slots]
@@ -225,9 +225,9 @@ class CudaExecutor:
                 flight.replayed = True
                 self._replay(state, flight, packed, graph)
                 return
-        step, write = storage.step(packed, backend.upload(packed.values))
+        step, write = storage.step(packed, backend)
         yield from self._model.launch(step, state.buffers, storage.kv, state.ops, lambda: _units(state))
-        if packed.wanted.any():
+        if write.shape[0]:
             logits = state.buffers.logits[: write.shape[0]]
             rules = storage.rules(packed, backend)
             ids = greedy(logits) if rules is None else sample_on_device(logits, rules)
@@ -236,16 +236,12 @@ class CudaExecutor:
 
     def _replay(self, state: LaneState, flight: Flight, packed: Packed, graph: Graph) -> None:
         """A decode step by its graph, which chooses greedily; other rules choose again after it."""
-        backend, storage = self._backend, self._storage
-        write = None
-        if packed.updates:
-            _, write = storage.step(packed, backend.upload(packed.values))
         self.graphs.replay(graph, packed)
         ids = graph.ids[: packed.rows]
-        if (rules := storage.rules(packed, backend)) is not None:
+        if (rules := self._storage.rules(packed, self._backend)) is not None:
             ids = sample_on_device(state.buffers.logits[: packed.rows], rules)
-            storage.put(backend.upload(packed.write) if write is None else write, ids)
-        flight.ids = backend.read(ids)
+            self._storage.put(graph.write[: packed.rows], ids)
+        flight.ids = self._backend.read(ids)
 
     def _harvest(self) -> list[StepResult]:
         """Take note of finished groups; the results of finished batches."""

@@ -35,11 +35,15 @@ def buckets(batch: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured step of `rows` rows. inputs: int64 [3 * rows], slots, positions and where the ids go in
-    the flat token table; ids: int64 [rows]."""
+    """A captured step of `rows` rows. inputs: int64 on the device; padding: int64 [5, rows or one more],
+    what goes there for rows that compute nothing of use: slots, positions, where the ids go in the flat token
+    table, places in the flat block tables, and the blocks that go there. write: the third of these on the
+    device; ids: int64 [rows]."""
 
     rows: int
     inputs: torch.Tensor
+    padding: np.ndarray
+    write: torch.Tensor
     ids: torch.Tensor
     replay: Callable[[], None]
 
@@ -69,7 +73,7 @@ class DecodeGraphs:
         self.nbytes = 0
         with torch.inference_mode():
             device = backend.device
-            self._inputs = torch.zeros(3 * max(self._sizes), dtype=torch.int64, device=device)
+            self._inputs = torch.zeros(5 * (max(self._sizes) + 1), dtype=torch.int64, device=device)
             self._ids = torch.zeros(max(self._sizes), dtype=torch.int64, device=device)
             self._singles = torch.arange(max(self._sizes), device=device)
             self._no_tiles = torch.zeros((0, 4), dtype=torch.int64, device=device)
@@ -103,18 +107,29 @@ class DecodeGraphs:
         return True
 
     def replay(self, graph: Graph, packed: Packed) -> None:
-        """Launch the step on the current stream. Padding rows go to the scratch slot."""
-        values = self._padding(graph.rows)
-        values[:, : packed.rows] = packed.slots, packed.starts, packed.write
+        """Launch the step on the current stream: one copy, one launch. Padding rows go to the scratch slot.
+        New blocks travel in the graph's own inputs, prompts (and more blocks than rows) before it."""
+        values = graph.padding.copy()
+        rows, added = packed.rows, len(packed.where)
+        if packed.opened or added > graph.rows:
+            self._storage.update(packed, self._backend)
+            added = 0
+        values[0, :rows] = packed.slots
+        values[1, :rows] = packed.starts
+        values[2, :rows] = packed.write
+        if added:
+            values[3, :added] = packed.where
+            values[4, :added] = packed.blocks
         self._backend.upload_into(graph.inputs, values.reshape(-1))
         graph.replay()
 
     def _padding(self, rows: int) -> np.ndarray:
-        """Inputs of rows that compute nothing of use: int64 [3, rows]."""
-        scratch = self._storage.scratch
-        values = np.empty((3, rows), dtype=np.int64)
-        values[:] = np.array([[scratch], [0], [scratch * self._storage.tokens.shape[1] + 1]])
-        return values
+        """`Graph.padding`. Each of the five begins at a multiple of 16 bytes, so that kernels compiled for
+        such pointers serve here, too."""
+        storage = self._storage
+        slot, width, length = storage.scratch, storage.tables.shape[1], storage.tokens.shape[1]
+        column = [slot, 0, slot * length + 1, slot * width + width - 1, storage.scratch_block]
+        return np.repeat(np.array(column, dtype=np.int64)[:, None], rows + rows % 2, axis=1)
 
     def _wish(self, side: Side) -> None:
         if side not in self._graphs and len(self._graphs) < self._most_sides:
@@ -123,8 +138,9 @@ class DecodeGraphs:
             self._wanted += [(side, size) for size in sorted(self._sizes, reverse=True)]
 
     def _capture(self, side: Side, rows: int) -> Graph:
-        inputs, ids = self._inputs[: 3 * rows], self._ids[:rows]
-        slots, positions, write = inputs.view(3, rows)
+        padding, ids = self._padding(rows), self._ids[:rows]
+        inputs = self._inputs[: padding.size]
+        slots, positions, write, where, blocks = inputs.view(5, -1)[:, :rows]
         storage = self._storage
         step = DeviceStep(
             slots, positions, storage.tokens, storage.tables, self._no_tiles, self._singles[:rows], None
@@ -133,12 +149,13 @@ class DecodeGraphs:
         def launch() -> None:
             with torch.inference_mode():
                 model, units = self._model, lambda: side.units
+                storage.append(where, blocks)
                 for _ in model.launch(step, self._buffers, storage.kv, self._ops, units):
                     pass
                 ids.copy_(greedy(self._buffers.logits[:rows]))
                 storage.put(write, ids)
 
         with torch.inference_mode(), self._backend.on(side):
-            self._backend.upload_into(inputs, self._padding(rows).reshape(-1))
+            self._backend.upload_into(inputs, padding.reshape(-1))
             launch()  # compiles kernels and makes cuBLAS take its workspace outside the graph
-        return Graph(rows, inputs, ids, self._backend.capture(side, launch))
+        return Graph(rows, inputs, padding, write, ids, self._backend.capture(side, launch))

@@ -24,40 +24,23 @@ from semipd.model.sampler_device import DeviceRules
 
 @dataclass(frozen=True)
 class Packed:
-    """A checked batch, ready to travel. columns: slots, starts, counts and flags, int64 [slices] each.
-    values: everything for the device in one int64 array; sizes: of its parts, see `_PARTS`. opened: (slot,
-    tokens) of each prompt at the end of values."""
+    """A checked batch, still on the host. slots, starts, counts: int64 [slices]; wanted: bool [slices],
+    those with a sampled token. write: int64, where in the flat token table the sampled ids go. where, blocks:
+    int64, places in the flat block tables and what goes there. opened: (slot, tokens) of each prompt that
+    travels with it; prompts: their tokens, one after another. decode_only: every slice is one position with
+    a sampled token, which is what a captured graph computes."""
 
     slots: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
     wanted: np.ndarray
-    values: np.ndarray
-    sizes: tuple[int, ...]
+    rows: int
+    decode_only: bool
+    write: np.ndarray
+    where: np.ndarray
+    blocks: np.ndarray
     opened: tuple[tuple[int, int], ...]
-
-    @property
-    def rows(self) -> int:
-        return self.sizes[0]
-
-    @property
-    def updates(self) -> bool:
-        """Whether block tables or prompts travel with it."""
-        return bool(self.sizes[6] or self.opened)
-
-    @property
-    def write(self) -> np.ndarray:
-        """Where in the flat token table its ids go."""
-        first = sum(self.sizes[:5])
-        return self.values[first : first + self.sizes[5]]
-
-    @property
-    def decode_only(self) -> bool:
-        """Whether every slice is one position with a sampled token: what a captured graph computes."""
-        return self.rows == len(self.slots) and bool(self.wanted.all())
-
-
-_PARTS = ("row_slots", "positions", "tiles", "singles", "sample", "write", "where", "blocks", "prompts")
+    prompts: np.ndarray
 
 
 _NOTHING = np.empty(0, dtype=np.int64)
@@ -88,9 +71,11 @@ class DeviceStorage:
         nbytes = SlotTable.nbytes(slots, max_length, block_size)
         self.table = SlotTable(bytearray(nbytes), slots, max_length, block_size)
         self.scratch = slots
+        self.scratch_block = blocks
         self._vocabulary = model.spec.vocabulary
         self._unsent: dict[int, np.ndarray] = {}
         self._broken: dict[int, str] = {}  # slots whose prompt cannot be computed
+        self._ruled: set[int] = set()  # open slots whose tokens may not be the best ones
         device = backend.device
         with torch.inference_mode():
             self.tokens = torch.zeros((slots + 1, max_length + 2), dtype=torch.int32, device=device)
@@ -106,6 +91,10 @@ class DeviceStorage:
     def open(self, slot: int, tokens: Sequence[int], sampling: Sampling) -> None:
         """Raises ValueError out of range. A token outside the vocabulary fails the batches of this slot."""
         self.table.open(slot, tokens, sampling)
+        if sampling.temperature > 0 or sampling.ban_tokens:
+            self._ruled.add(slot)
+        else:
+            self._ruled.discard(slot)
         known = np.asarray(tokens, dtype=np.int64)
         self._broken.pop(slot, None)
         if known.size and not 0 <= known.min() <= known.max() < self._vocabulary:
@@ -116,66 +105,79 @@ class DeviceStorage:
         if 0 <= slot < self.table.slots:
             self.table.close(slot)
             self._unsent.pop(slot, None)
+            self._ruled.discard(slot)
 
     def pack(self, batch: Batch, columns: np.ndarray, most_rows: int) -> Packed:
-        """Check a batch, whose `columns_of` are given, and lay it out. Raises ValueError when it cannot
-        run."""
+        """Check a batch, whose `columns_of` are given. Raises ValueError when it cannot run."""
         slots, starts, counts, flags = columns
-        self._check(slots, starts, counts, most_rows)
-        first = np.cumsum(counts) - counts
-        rows = int(counts.sum())
-        single = counts == 1
-        if rows == len(slots):
-            row_slots, positions = slots, starts
-        else:
-            row_slots = np.repeat(slots, counts)
-            positions = np.arange(rows) + np.repeat(starts - first, counts)
+        decode_only = bool((columns[2:] == 1).all())
+        ends = starts + 1 if decode_only else starts + counts
+        rows = len(slots) if decode_only else int(counts.sum())
+        self._check(slots, starts, ends)
+        if rows > most_rows:
+            raise ValueError(f"a step of {rows} positions; at most {most_rows} fit")
         wanted = flags.astype(bool)
-        stride = self.tokens.shape[1]
+        write = slots * self.tokens.shape[1] + ends
         opened = [slot for slot in slots.tolist() if slot in self._unsent] if self._unsent else []
         prompts = [self._unsent.pop(slot) for slot in opened]
         where, blocks = self._appends(batch)
-        parts = (
-            row_slots,
-            positions,
-            _tiles(slots, starts, counts, first).reshape(-1),
-            first[single],
-            (first + counts - 1)[wanted],
-            slots[wanted] * stride + (starts + counts)[wanted],
-            where,
-            blocks,
-            np.concatenate(prompts) if prompts else _NOTHING,
-        )
         return Packed(
             slots,
             starts,
             counts,
             wanted,
-            np.concatenate(parts),
-            tuple(len(part) for part in parts),
+            rows,
+            decode_only,
+            write if decode_only else write[wanted],
+            where,
+            blocks,
             tuple((slot, len(prompt)) for slot, prompt in zip(opened, prompts, strict=True)),
+            np.concatenate(prompts) if prompts else _NOTHING,
         )
 
-    def step(self, packed: Packed, values: torch.Tensor) -> tuple[DeviceStep, torch.Tensor]:
-        """Apply what travelled with the batch; the step, and where in the flat token table its ids go."""
-        parts = dict(zip(_PARTS, values.split(packed.sizes), strict=True))
-        if packed.sizes[6]:
-            self.tables.view(-1).index_copy_(0, parts["where"], parts["blocks"].int())
-        taken = 0
-        for slot, count in packed.opened:
-            self.tokens[slot, :count].copy_(parts["prompts"][taken : taken + count])
-            taken += count
-        whole = packed.decode_only
+    def step(self, packed: Packed, backend: Backend) -> tuple[DeviceStep, torch.Tensor]:
+        """Send a batch in one copy and apply what travels with it, on the current stream; the step, and
+        where in the flat token table its ids go."""
+        counts, slots = packed.counts, packed.slots
+        first = np.cumsum(counts) - counts
+        if packed.rows == len(slots):
+            row_slots, positions = slots, packed.starts
+        else:
+            row_slots = np.repeat(slots, counts)
+            positions = np.arange(packed.rows) + np.repeat(packed.starts - first, counts)
+        tiles = _tiles(slots, packed.starts, counts, first).reshape(-1)
+        singles, sample = first[counts == 1], (first + counts - 1)[packed.wanted]
+        parts = (row_slots, positions, tiles, singles, sample, packed.write)
+        sent = _send(backend, (*parts, packed.where, packed.blocks, packed.prompts))
+        self._apply(packed, *sent[6:])
         step = DeviceStep(
-            parts["row_slots"],
-            parts["positions"],
+            sent[0],
+            sent[1],
             self.tokens,
             self.tables,
-            parts["tiles"].view(-1, 4),
-            parts["singles"],
-            None if whole else parts["sample"],
+            sent[2].view(-1, 4),
+            sent[3],
+            None if packed.decode_only else sent[4],
         )
-        return step, parts["write"]
+        return step, sent[5]
+
+    def update(self, packed: Packed, backend: Backend) -> None:
+        """Send and apply only the blocks and prompts that travel with a batch, on the current stream."""
+        self._apply(packed, *_send(backend, (packed.where, packed.blocks, packed.prompts)))
+
+    def _apply(
+        self, packed: Packed, where: torch.Tensor, blocks: torch.Tensor, prompts: torch.Tensor
+    ) -> None:
+        if packed.where.size:
+            self.append(where, blocks)
+        taken = 0
+        for slot, count in packed.opened:
+            self.tokens[slot, :count].copy_(prompts[taken : taken + count])
+            taken += count
+
+    def append(self, where: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Write blocks to these places of the flat block tables; int64 [n] each, on the device."""
+        self.tables.view(-1).index_copy_(0, where, blocks.int())
 
     def put(self, where: torch.Tensor, ids: torch.Tensor) -> None:
         """Write ids to these places of the flat token table; what is no token becomes one that exists."""
@@ -183,41 +185,47 @@ class DeviceStorage:
 
     def rules(self, packed: Packed, backend: Backend) -> DeviceRules | None:
         """The sampling rules of the rows to sample, or None when all of them are plainly greedy."""
+        if not self._ruled:
+            return None
         table, slots = self.table, packed.slots[packed.wanted]
         produced = (packed.starts + packed.counts)[packed.wanted]
         temperature = table.temperature[slots]
         banning = (produced < table.ban_until[slots]) & (table.ban_count[slots] > 0)
         if not banning.any() and not (temperature > 0).any():
             return None
-        top_p, top_k = table.top_p[slots], table.top_k[slots].astype(np.int64)
-        floats = backend.upload(np.stack((temperature, top_p, table.min_p[slots])))
-        whole = backend.upload(np.stack((top_k, table.seed[slots], produced)))
+        count = len(slots)
+        top_p, top_k = table.top_p[slots], table.top_k[slots]
         width = max(int(table.ban_count[slots].max()), 1) if banning.any() else 1
-        banned = table.ban_tokens[slots, :width].astype(np.int64)
+        banned = table.ban_tokens[slots, :width]
         filler = np.arange(width) >= np.maximum(table.ban_count[slots], 1)[:, None]
-        banned = np.where(filler, banned[:, :1], banned)
+        floats = np.stack((temperature, top_p, table.min_p[slots], np.zeros(count, np.float32)))
+        whole = (top_k, table.seed[slots], produced, banning, np.where(filler, banned[:, :1], banned))
+        sent = _send(backend, (floats.reshape(-1).view(np.int64), *(part.reshape(-1) for part in whole)))
+        chances = sent[0].view(torch.float32).view(4, count)
         return DeviceRules(
-            temperature=floats[0],
-            top_p=floats[1],
-            min_p=floats[2],
-            top_k=whole[0],
-            seed=whole[1],
-            position=whole[2],
-            banned=backend.upload(banned),
-            banning=backend.upload(banning),
+            temperature=chances[0],
+            top_p=chances[1],
+            min_p=chances[2],
+            top_k=sent[1],
+            seed=sent[2],
+            position=sent[3],
+            banned=sent[5].view(count, width),
+            banning=sent[4] != 0,
             filtered=bool((top_p < 1.0).any() or (top_k > 0).any()),
         )
 
-    def _check(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, most_rows: int) -> None:
+    def _check(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
         table = self.table
         if not len(slots):
             raise ValueError("a batch without slices")
-        if slots.min() < 0 or slots.max() >= table.slots or not table.opened[slots].all():
+        if not all_below(slots, table.slots) or not table.opened[slots].all():
             raise ValueError("a slice names a slot that is not open")
-        if starts.min() < 0 or counts.min() < 1 or (starts + counts).max() > table.max_length:
+        if (
+            not all_below(starts, table.max_length)
+            or ends.max() > table.max_length
+            or (ends <= starts).any()
+        ):
             raise ValueError(f"a slice does not fit a slot of {table.max_length} tokens")
-        if counts.sum() > most_rows:
-            raise ValueError(f"a step of {counts.sum()} positions; at most {most_rows} fit")
         if self._broken:
             for slot in slots.tolist():
                 if slot in self._broken:
@@ -235,6 +243,25 @@ class DeviceStorage:
             where += range(at, at + len(added))
             blocks += added
         return np.array(where, dtype=np.int64), np.array(blocks, dtype=np.int64)
+
+
+def all_below(values: np.ndarray, limit: int) -> bool:
+    """Whether all of these int64 are at least 0 and below the limit: seen as unsigned, negative ones are
+    large."""
+    return int(values.view(np.uint64).max()) < limit
+
+
+def _send(backend: Backend, parts: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Flat arrays to the device in one copy, as int64. Each begins at a multiple of 16 bytes, whatever the
+    lengths of those before it: Triton compiles a kernel anew for pointers that are aligned less well."""
+    sizes = [len(part) for part in parts]
+    places = [size + size % 2 for size in sizes]
+    values, at = np.zeros(sum(places), dtype=np.int64), 0
+    for part, size, place in zip(parts, sizes, places, strict=True):
+        values[at : at + size] = part
+        at += place
+    sent = backend.upload(values).split(places)
+    return [part[:size] for part, size in zip(sent, sizes, strict=True)]
 
 
 def _tiles(slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, first: np.ndarray) -> np.ndarray:

@@ -12,13 +12,13 @@ import torch
 
 from semipd.core.errors import ConfigError
 from semipd.core.ports import ExecutorLost
-from semipd.core.types import Lane, Sampling, Slice, Split
+from semipd.core.types import Batch, BlockAppend, Lane, Sampling, Slice, Split
 from semipd.execute.cuda import CudaExecutor
 from semipd.execute.cuda_partition import disjoint
 from semipd.execute.cuda_start import Shape, start_cuda
 from tests.checkpoints import VOCABULARY, make_checkpoint
 from tests.execute.conformance import Driver
-from tests.execute.fake_cuda import UNITS, DeviceGone, FakeBackend, Span
+from tests.execute.fake_cuda import UNITS, DeviceGone, FakeBackend, Span, SpendingOps
 
 PROMPT = [(7 * i + 3) % VOCABULARY for i in range(120)]
 
@@ -224,6 +224,48 @@ class TestGraphs:
         bench.prefill(0, PROMPT[:20])
         bench.driver.run(Lane.DECODE, Slice(0, 20, 1))
         assert not graphs.capture_next()
+
+    @pytest.mark.parametrize("blocks", [1, 2, 7])
+    def test_new_blocks_travel_with_a_replay(self, checkpoint: Path, blocks: int) -> None:
+        """In the graph's inputs, or before it where a step brings more blocks than the graph has rows."""
+        tokens = []
+        for sides in (0, 3):
+            bench = Bench(checkpoint, sides)
+            found = [bench.prefill(0, PROMPT[:20])]
+            step = itertools.count(1000)
+            for position in range(20, 32):
+                added = (BlockAppend(0, 5, tuple(range(100, 100 + blocks))),) if position == 20 else ()
+                if position >= 20 + 4 * blocks:
+                    break
+                batch = Batch(next(step), (Slice(0, position, 1),), added)
+                bench.executor.submit(Lane.DECODE, batch)
+                found += bench.driver.collect(1)[0].tokens
+            tokens.append(found)
+            assert (bench.backend.replays > 0) is (sides > 0)
+        assert tokens[0] == tokens[1] and len(tokens[0]) == 1 + min(4 * blocks, 12)
+
+
+def test_kernels_see_aligned_pointers_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a kernel anew for a pointer that is not a multiple of 16 bytes: an odd number of rows
+    would have made a request wait for a compiler."""
+    seen = []
+    attend = SpendingOps.attend
+
+    def watched(self: Any, qkv: Any, layer: Any, step: Any, *rest: Any) -> None:
+        read = [step.row_slots, step.positions, step.tokens, step.tables]
+        read += [part for part in (step.tiles, step.singles) if part.numel()]
+        seen.append((step.rows, [tensor.data_ptr() % 16 for tensor in read]))
+        attend(self, qkv, layer, step, *rest)
+
+    monkeypatch.setattr(SpendingOps, "attend", watched)
+    for graph_sides in (0, 2):
+        bench = Bench(checkpoint, graph_sides)
+        for slot in range(3):
+            bench.prefill(slot, PROMPT[: 21 + slot])
+        bench.driver.run(Lane.DECODE, *(Slice(slot, 21 + slot, 1) for slot in range(3)))
+        bench.driver.run(Lane.DECODE, Slice(0, 22, 1), Slice(1, 0, 7), Slice(2, 24, 1))
+    assert {rows for rows, _ in seen} >= {1, 3, 9, 21}
+    assert all(not any(rests) for _, rests in seen)
 
 
 class TestFaults:
