@@ -32,11 +32,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import random
 import time
 from collections.abc import Callable, Sequence
 
+from semipd.execute.cgroup import processor_quota
 from semipd.execute.linux import read_text, thread_ids
 from semipd.execute.shared import Words
 
@@ -150,21 +152,14 @@ class Share:
 
 def available_cores() -> tuple[int, ...]:
     """System numbers of the cores that this process may use: one hardware thread of each (two on one core
-    share its arithmetic units), and no more than a container's CPU quota allows. Under a quota they begin
-    anywhere, since every container of the machine sees the same numbers."""
+    share its arithmetic units), and no more than a quota of time allows, rounded up. Under a quota they
+    begin anywhere, since every container of the machine sees the same numbers."""
     cores: dict[str, int] = {}
     for number in sorted(os.sched_getaffinity(0)):
         siblings = read_text(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
         cores.setdefault(siblings or str(number), number)
     numbers = tuple(cores.values())
-    count = min(_quota() or len(numbers), len(numbers))
+    quota = processor_quota()
+    count = len(numbers) if quota is None else min(max(math.ceil(quota), 1), len(numbers))
     first = random.randrange(len(numbers) - count + 1)
     return numbers[first : first + count]
-
-
-def _quota() -> int | None:
-    """Cores' worth of time that the container's limit allows, rounded up; None without a limit."""
-    words = read_text("/sys/fs/cgroup/cpu.max").split()
-    if len(words) != 2 or words[0] == "max":
-        return None
-    return max(1, -(-int(words[0]) // int(words[1])))

@@ -42,16 +42,6 @@ def thread_ids() -> list[int]:
     return [int(name) for name in os.listdir("/proc/self/task")]
 
 
-def available_memory() -> int:
-    """Bytes that this process could still take: of the machine, and of its container's limit."""
-    free = _numbers("/proc/meminfo")["MemAvailable:"] * 1024
-    limit = read_text("/sys/fs/cgroup/memory.max")
-    if not limit.isdigit():
-        return free
-    used = _numbers("/sys/fs/cgroup/memory.stat")  # cached files do not count: they give way
-    return max(0, min(free, int(limit) - used.get("anon", 0) - used.get("shmem", 0)))
-
-
 def read_text(path: str) -> str:
     """A file of the system, without the white space around it; empty when there is none."""
     try:
@@ -60,10 +50,10 @@ def read_text(path: str) -> str:
         return ""
 
 
-def _numbers(path: str) -> dict[str, int]:
-    """The first number after each name in a table of the system."""
+def table(path: str) -> dict[str, int]:
+    """The first number after each name in a table of the system; empty when there is none."""
     rows = (line.split() for line in read_text(path).splitlines())
-    return {row[0]: int(row[1]) for row in rows}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def _prctl(option: int, value: int) -> None:

@@ -26,7 +26,8 @@ import setproctitle
 import torch
 
 from semipd.core.errors import ConfigError
-from semipd.execute.linux import available_memory, die_with_parent, outlive_parent, thread_ids
+from semipd.execute.cgroup import available_memory
+from semipd.execute.linux import die_with_parent, outlive_parent, thread_ids
 from semipd.execute.shared import LANES, SharedMemory
 from semipd.execute.wire import Channel, Close, Failed, Fork, Forked, Job, Order, Ready, Start
 from semipd.execute.worker import Storage, work

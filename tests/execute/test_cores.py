@@ -156,31 +156,28 @@ def test_a_boundary_without_news_is_cheap(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("siblings", "quota", "expected"),
     [
-        ({}, "", [0, 1, 2, 3]),
-        ({}, "max 100000", [0, 1, 2, 3]),
-        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, "", [0, 1]),
-        ({}, "150000 100000", None),
-        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, "100 100000", None),
+        ({}, None, [0, 1, 2, 3]),
+        ({}, 9.0, [0, 1, 2, 3]),
+        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, None, [0, 1]),
+        ({}, 1.5, 2),
+        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, 0.001, 1),
     ],
 )
 def test_a_unit_is_a_whole_core_that_may_be_used(
-    siblings: dict[int, str], quota: str, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+    siblings: dict[int, str],
+    quota: float | None,
+    expected: list[int] | int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two hardware threads of one core in different lanes would fight for it; more threads than a quota's
     worth would all be stopped for most of every period."""
-
-    def read(path: str) -> str:
-        if path.endswith("cpu.max"):
-            return quota
-        return siblings.get(int(path.split("/cpu")[2].split("/")[0]), "")
-
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    monkeypatch.setattr(cores, "read_text", read)
+    monkeypatch.setattr(
+        cores, "read_text", lambda path: siblings.get(int(path.split("/cpu")[2].split("/")[0]), "")
+    )
+    monkeypatch.setattr(cores, "processor_quota", lambda: quota)
     found = list(cores.available_cores())
-    if expected is not None:
-        assert found == expected
-    else:
-        assert len(found) == -(-int(quota.split()[0]) // 100000)
+    assert found == expected if isinstance(expected, list) else len(found) == expected
 
 
 def _seconds_of(call, times: int) -> float:  # type: ignore[no-untyped-def]
