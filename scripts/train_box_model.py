@@ -6,7 +6,7 @@ learning rate warms up, stays, and falls linearly to zero over the last ``--deca
 earlier, start it again with smaller ``--steps``. The log is one JSON object per line. ``--export`` writes a
 Hugging Face folder from a checkpoint.
 
-    python scripts/train_box_model.py --run-dir runs/box --steps 8000
+    python scripts/train_box_model.py --run-dir runs/box
     python scripts/train_box_model.py --run-dir runs/box --export semipd/box
 """
 
@@ -286,7 +286,7 @@ def hugging_face_weights(model: Model) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", required=True, help="where the checkpoint and the log are kept")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument(
         "--decay", type=int, default=2500, help="the last steps, over which the rate falls to zero"
     )
