@@ -83,14 +83,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", openapi_extra=_takes("TokenizeBody"))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of messages under the chat template."""
-        limit = service.engine().limit
+        service.engine()
         with service.gate.admit() as ticket:
             parsed: TokenizeBody = await body(request, TokenizeBody, ticket)
-            ids = await service.tokenize(parsed)
-        answer: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids}
-        if parsed.return_token_strs:
-            answer["token_strs"] = [service.tokenizer.token_string(index) for index in ids]
-        return _json(answer)
+            return _json(await service.tokenize(parsed))
 
     @app.post("/detokenize", openapi_extra=_takes("DetokenizeBody"))
     async def detokenize(request: Request) -> Response:

@@ -5,15 +5,19 @@ A parameter that is not supported is refused by name, unless it holds the value 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 
 from semipd.core.errors import Refused
 
+MAX_VALUES = 2**20  # commas and brackets of a body: no list in it is longer
+MAX_NEUTRAL_BYTES = 1024
+MAX_SEARCHED_BYTES = 2**16
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 ROLES = ("system", "developer", "user", "assistant")
@@ -125,10 +129,16 @@ class TextPart(_Body, kw_only=True):
 
 
 class ChatMessage(_Body, kw_only=True):
-    """One turn."""
+    """One turn. The other fields are in answers that clients send back; here they hold nothing."""
 
     role: str
     content: str | list[TextPart]
+    name: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+    tool_calls: None = None
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -164,35 +174,65 @@ _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
 def parse(data: bytes, kind: type[Body]) -> Body:
-    """The body, or Refused naming the parameter that is wrong."""
+    """The body, or Refused naming the parameter that is wrong.
+
+    Takes no more time than the event loop can spare: what would be large is refused unread."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise Refused(f"the body has more than {MAX_VALUES} values")
     try:
-        values = msgspec.json.decode(data)
+        body = _DECODERS[kind](data)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         if culprit := _culprit(data):
             raise Refused(f"{culprit} holds NaN, an infinity or broken Unicode", culprit) from None
         raise Refused(f"the body is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise Refused("the body must be a JSON object")
-    known = kind.__struct_fields__
-    for name in [name for name in values if name not in known]:
-        _check_neutral(name, values.pop(name))
-    try:
-        return msgspec.convert(values, kind)
-    except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from None
+    for name in _unsupported(kind):
+        if raw := getattr(body, name):
+            _check_neutral(name, bytes(raw))
+    return body  # type: ignore[no-any-return]
+
+
+def _unsupported(kind: type[_Body]) -> list[str]:
+    return [name for name in NEUTRAL if name not in kind.__struct_fields__]
+
+
+def _decoder(kind: type[_Body]) -> Callable[[bytes], Any]:
+    """Of bodies of this kind in which unsupported parameters may occur too; those stay JSON text."""
+    fields = [(name, msgspec.Raw, msgspec.Raw()) for name in _unsupported(kind)]
+    wider = msgspec.defstruct(
+        kind.__name__, fields, bases=(kind,), kw_only=True, forbid_unknown_fields=True
+    )
+    return msgspec.json.Decoder(wider).decode
+
+
+_KINDS: tuple[type[_Body], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+_DECODERS = {kind: _decoder(kind) for kind in _KINDS}
+
+
+def _check_neutral(name: str, raw: bytes) -> None:
+    value: Any = ...
+    if len(raw) <= MAX_NEUTRAL_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = msgspec.json.decode(raw)
+    neutral = any(
+        value == same and isinstance(value, bool) == isinstance(same, bool) for same in NEUTRAL[name]
+    )
+    if value is not None and not neutral:
+        raise Refused(f"{name} is not supported", name)
 
 
 def _culprit(data: bytes) -> str | None:
-    """The parameter whose value only a lax reader takes: NaN, an infinity, half a surrogate pair."""
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
+    """The parameter whose value only a lax reader takes: NaN, an infinity, half a surrogate pair. None when
+    it cannot be found, or not quickly."""
+    if len(data) > MAX_SEARCHED_BYTES:
         return None
-    if isinstance(values, dict):
-        for name, value in values.items():
+    with contextlib.suppress(ValueError, RecursionError):
+        values = json.loads(data)
+        for name, value in values.items() if isinstance(values, dict) else ():
             text = json.dumps(value, ensure_ascii=False)
             if "NaN" in text or "Infinity" in text or not _is_unicode(text):
-                return str(name)
+                return name if _is_unicode(name) else None
     return None
 
 
@@ -204,19 +244,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _check_neutral(name: str, value: Any) -> None:
-    if name not in NEUTRAL:
-        raise Refused(f"unknown parameter: {name[:100]}", name[:100])
-    neutral = any(
-        value == same and isinstance(value, bool) == isinstance(same, bool) for same in NEUTRAL[name]
-    )
-    if value is not None and not neutral:
-        raise Refused(f"{name} is not supported", name)
-
-
 def _refusal(text: str) -> Refused:
     """msgspec's message, with the field that it is about."""
     path = match[1] if (match := _PATH.search(text)) else ""
+    if not path and text.startswith("Expected"):
+        return Refused("the body must be a JSON object")
     message = _PATH.sub("", text)
     if field := _MISSING.search(text):
         path = f"{path}.{field[1]}".lstrip(".")
@@ -226,8 +258,8 @@ def _refusal(text: str) -> Refused:
         message = f"unknown parameter: {path}"
     else:
         message = f"{path}: {message[:1].lower()}{message[1:]}"
-    param = re.split(r"[.\[]", path, maxsplit=1)[0] or None
-    return Refused(message.replace("`", ""), param)
+    param = re.split(r"[.\[]", path, maxsplit=1)[0][:100] or None
+    return Refused(message.replace("`", "")[:300], param)
 
 
 def prompts_of(body: CompletionBody) -> list[str | list[int]]:
@@ -239,15 +271,12 @@ def prompts_of(body: CompletionBody) -> list[str | list[int]]:
         batch = [prompt]
     else:
         batch = prompt
-    if not batch or not all(isinstance(item, (str, list)) for item in batch):
-        reason = (
-            "the prompt is empty" if not batch else "a prompt is text, or token ids, or a list of either"
-        )
-        raise Refused(reason, "prompt")
-    if not all(batch):
-        raise Refused("the prompt is empty", "prompt")
     if len(batch) * (body.n or 1) > MAX_PROMPTS:
         raise Refused(f"more than {MAX_PROMPTS} continuations in one request", "prompt")
+    if not all(isinstance(item, (str, list)) for item in batch):
+        raise Refused("a prompt is text, or token ids, or a list of either", "prompt")
+    if not batch or not all(batch):
+        raise Refused("the prompt is empty", "prompt")
     return batch
 
 
@@ -277,6 +306,5 @@ def _text(content: str | list[TextPart]) -> str:
 
 def body_schemas() -> Mapping[str, Any]:
     """JSON schemas of all bodies, by name, for the API's description."""
-    kinds = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
-    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components(_KINDS, ref_template="#/components/schemas/{name}")
     return schemas

@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import setproctitle
-import uvicorn
-from starlette.types import ASGIApp
 
 from semipd.build import resolve
 from semipd.config import Config
@@ -26,6 +25,7 @@ from semipd.serve.app import create_app
 from semipd.serve.chat import load_chat_template
 from semipd.serve.gate import Limits
 from semipd.serve.generation import RequestMaker
+from semipd.serve.http import allow_many_connections, http_server
 from semipd.serve.messages import EngineInfo
 from semipd.serve.model_folder import read_model_folder
 from semipd.serve.process_link import ENGINE_MODULE, ProcessLink
@@ -34,7 +34,6 @@ from semipd.serve.session import Session
 from semipd.serve.tokenizer import Tokenizer
 from semipd.serve.traffic import log_traffic
 
-KEEP_ALIVE_SECONDS = 75  # longer than clients keep theirs: the one who closes must not be the one who waits
 GRACE_SECONDS = 1.0  # for answers that are being written when everything ends
 SHOWN_PROMPT = "Once upon a time"
 
@@ -46,6 +45,8 @@ def run_server(config: Config, engine_module: str = ENGINE_MODULE) -> int:
 
     Call on the main thread: the engine's process ends with the thread that started it."""
     setproctitle.setproctitle("semipd-api")
+    allow_many_connections()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cores belong to the model
     resolved = resolve(config)
     folder = read_model_folder(resolved.folder)
     listener = _listen(config.server.host, config.server.port)
@@ -157,32 +158,6 @@ class _Server:
     def _interrupt(self) -> None:
         self._hurry.set()
         self._terminate()
-
-
-def http_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
-    """The app behind uvicorn: bounded headers, no log of its own, signals left to us."""
-    return _Uvicorn(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            http="h11",  # it bounds the headers; httptools does not
-            h11_max_incomplete_event_size=limits.headers,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=1,
-        )
-    )
-
-
-class _Uvicorn(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def package_version() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from semipd.core.errors import EngineDead, Refused
 from semipd.serve.chat import ChatTemplate
@@ -17,6 +17,7 @@ from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import SamplingParams
 from semipd.serve.schema import (
     ChatBody,
+    ChatMessage,
     CompletionBody,
     DetokenizeBody,
     GenerationBody,
@@ -28,6 +29,7 @@ from semipd.serve.session import Session
 from semipd.serve.tokenizer import Tokenizer
 
 MAX_SALT = 256
+MAX_TEXT = 2**21  # characters for /tokenize
 MAX_USER = 1024
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 TOKENIZER_THREADS = 2
@@ -75,19 +77,18 @@ class Service:
             raise ApiError(404, message, "invalid_request_error", "model_not_found", "model")
 
     async def plan_completion(self, body: CompletionBody, arrived: float) -> Plan:
-        prompts = prompts_of(body)
         params = params_of(body, body.max_tokens, DEFAULT_MAX_TOKENS)
         engine, salt = self.engine(), _salt(body)
 
         def work() -> Plan:
-            ids = [self._ids(prompt, engine.limit) for prompt in prompts]
+            ids = [self._ids(prompt, engine.limit) for prompt in prompts_of(body)]
             return self._maker.plan(ids, params, engine, salt, arrived)
 
         return await self._off_loop(work)
 
     async def plan_chat(self, body: ChatBody, arrived: float) -> Plan:
         """Refusals name the parameters of the chat API."""
-        chat, messages = self._template(), messages_of(body.messages)
+        chat = self._template()
         names = {"prompt": "messages"}
         asked = body.max_tokens
         if body.max_completion_tokens is not None:
@@ -98,7 +99,7 @@ class Service:
         engine, salt = self.engine(), _salt(body)
 
         def work() -> Plan:
-            self._check_sizes(messages, engine.limit)
+            messages = self._messages(body.messages, engine.limit)
             params = params_of(body, asked, None)
             return self._maker.plan([chat.encode(messages)], params, engine, salt, arrived)
 
@@ -111,17 +112,24 @@ class Service:
                 names.get(param, refused.param),
             ) from None
 
-    async def tokenize(self, body: TokenizeBody) -> list[int]:
-        """Ids of a prompt or of messages, as the model would get them."""
+    async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+        """The answer: ids of a prompt or of messages, as the model would get them."""
         limit = self.engine().limit
         if (body.prompt is None) == (body.messages is None):
             raise Refused("give either prompt or messages", "prompt")
-        if body.prompt is not None:
-            prompt = body.prompt
-            return await self._off_loop(lambda: self.tokenizer.encode(prompt, body.add_special_tokens))
-        chat, messages = self._template(), messages_of(body.messages or ())
-        self._check_sizes(messages, limit)
-        return await self._off_loop(lambda: chat.encode(messages, body.add_generation_prompt))
+        chat = self._template() if body.prompt is None else None
+
+        def work() -> dict[str, Any]:
+            if chat is not None:
+                ids = chat.encode(self._messages(body.messages or (), limit), body.add_generation_prompt)
+            else:
+                ids = self._encode_any(body.prompt or "", body.add_special_tokens)
+            answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+            if body.return_token_strs:
+                answer["token_strs"] = [self.tokenizer.token_string(index) for index in ids]
+            return answer
+
+        return await self._off_loop(work)
 
     async def detokenize(self, body: DetokenizeBody) -> str:
         tokens = body.tokens
@@ -140,9 +148,17 @@ class Service:
             raise Refused("this model has no chat template; use /v1/completions", "messages")
         return self._chat
 
-    def _check_sizes(self, messages: Sequence[dict[str, str]], limit: int) -> None:
-        for message in messages:
-            self.tokenizer.check_size(message["content"], limit, "messages")
+    def _messages(self, messages: Sequence[ChatMessage], limit: int) -> list[dict[str, str]]:
+        """As a template takes them, unless their texts cannot fit together."""
+        plain = messages_of(messages)
+        self.tokenizer.check_size("".join(message["content"] for message in plain), limit, "messages")
+        return plain
+
+    def _encode_any(self, text: str, add_special: bool) -> list[int]:
+        """Of any text, also one that is too long for the model."""
+        if len(text) > MAX_TEXT:
+            raise Refused(f"a text of {len(text)} characters; at most {MAX_TEXT} are tokenised", "prompt")
+        return self.tokenizer.encode(text, add_special)
 
     async def _off_loop(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from semipd.core.errors import ConfigError, Refused
 from semipd.serve.model_folder import read_json
 
+HEAD_CHARACTERS = 16  # per token: more than any text but blanks has on average
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -53,9 +54,15 @@ class Tokenizer:
         return _encode(self._parsing, text, False)
 
     def check_size(self, text: str, limit: int, param: str) -> None:
-        """Refuse a text that cannot fit `limit` tokens, without the work of encoding it."""
-        if len(text) > limit * self._longest:
+        """Refuse a text that cannot fit `limit` tokens, without the work of encoding all of it."""
+        if len(text) > limit * self._longest or self._is_far_beyond(text, limit):
             raise Refused(f"a text of {len(text)} characters exceeds the limit of {limit} tokens", param)
+
+    def _is_far_beyond(self, text: str, limit: int) -> bool:
+        """Whether a long text's beginning alone is twice too long. The longest tokens are mostly runs of
+        spaces, so a bound by characters alone lets through far more than any text can hold."""
+        head = HEAD_CHARACTERS * limit
+        return len(text) > 2 * head and len(_encode(self._literal, text[:head], False)) > 2 * limit
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens have none."""
@@ -187,8 +194,10 @@ def _same(one: dict[int, AddedToken], other: dict[int, AddedToken]) -> bool:
 
 
 def _encode(raw: RawTokenizer, text: str, add_special: bool) -> list[int]:
+    """A batch of one, since `raw.encode` keeps the interpreter's lock for as long as it works: whatever the
+    thread, the event loop and with it every stream would stand still."""
     try:
-        return raw.encode(text, add_special_tokens=add_special).ids
+        return raw.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
     except TypeError:
         raise Refused("the text is not valid Unicode (it holds a lone surrogate)", "prompt") from None
 

@@ -17,8 +17,8 @@ from semipd.serve.app import create_app
 from semipd.serve.chat import load_chat_template
 from semipd.serve.gate import Limits
 from semipd.serve.generation import RequestMaker
+from semipd.serve.http import http_server
 from semipd.serve.model_folder import read_model_folder
-from semipd.serve.server import http_server
 from semipd.serve.service import Service
 from semipd.serve.session import Session
 from semipd.serve.thread_link import EngineThread, ThreadLink

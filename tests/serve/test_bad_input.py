@@ -11,7 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from semipd.core.errors import Refused
 from semipd.serve.gate import Limits
+from semipd.serve.schema import MAX_VALUES, CompletionBody, parse
 from tests.serve.fakes import MAX_LENGTH, LiveFake, make_folder
 from tests.serve.serving import Serving, serving
 
@@ -215,3 +217,27 @@ def test_headers_beyond_the_limit(server: Serving) -> None:
         except ConnectionResetError:
             pass
     assert b" 400 " in answer.split(b"\r\n")[0] or not answer
+
+
+def test_a_body_of_too_many_values_is_refused_unread(client: httpx.Client) -> None:
+    """4 million short lists fit 16 MiB, and took the event loop half a minute."""
+    for many in (b"[1]," * (MAX_VALUES // 2 + 1), b"1," * (MAX_VALUES + 1)):
+        with pytest.raises(Refused, match="values"):
+            parse(b'{"prompt": [' + many + b"1]}", CompletionBody)
+    with pytest.raises(Refused, match="valid JSON"):  # no long search for the name of the culprit
+        parse(b'{"prompt": "' + b"a" * 2**17 + b'", "seed": NaN}', CompletionBody)
+    huge = b'{"prompt": "a", "' + b"x" * 50_000 + b'": 1}'
+    assert len(client.post(COMPLETIONS, content=huge).content) < 1000, "an error is short"
+
+
+def test_messages_may_be_copied_from_an_answer(client: httpx.Client) -> None:
+    """`message.model_dump()` of the openai client has these fields; people send it back as it is."""
+    empty = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello", **empty},
+        {"role": "user", "content": "go on"},
+    ]
+    assert client.post(CHAT, json={"messages": messages, "max_tokens": 2}).status_code == 200
+    messages[1]["tool_calls"] = [{"id": "1"}]
+    assert "tool_calls" in error_of(client.post(CHAT, json={"messages": messages}))["message"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from semipd.core.errors import ConfigError, Refused
 from semipd.serve.tokenizer import Tokenizer
-from tests.serve.fakes import SPECIAL, make_folder, make_tokenizer
+from tests.serve.fakes import SPECIAL, TEXTS, make_folder, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +153,29 @@ def make_tokenizer_once() -> RawTokenizer:
     if not _RAW:
         _RAW.append(make_tokenizer())
     return _RAW[0]
+
+
+def test_encoding_leaves_the_interpreter_to_others(tokenizer: Tokenizer) -> None:
+    """`encode` of the library keeps its lock: a long prompt stopped every stream while it was tokenised."""
+    text = TEXTS[0] * 20_000
+    moments = [time.perf_counter()]
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(tokenizer.encode, text)
+        while not done.done():
+            time.sleep(0.001)
+            moments.append(time.perf_counter())
+    longest = max(after - before for before, after in itertools.pairwise(moments))
+    assert longest < 0.8 * (moments[-1] - moments[0]), "nothing else ran meanwhile"
+
+
+def test_a_text_far_beyond_the_limit_is_not_encoded_whole(tmp_path: Path) -> None:
+    """One token of many blanks made the bound by characters let everything through."""
+    raw = make_tokenizer()
+    raw.add_tokens([" " * 200])
+    folder = make_folder(tmp_path)
+    raw.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(folder)
+    with pytest.raises(Refused, match="exceeds"):
+        tokenizer.check_size("hello world, " * 1000, 100, "prompt")
+    tokenizer.check_size(" " * 200 * 90, 100, "prompt")
+    assert len(tokenizer.encode(" " * 200 * 90)) == 90
