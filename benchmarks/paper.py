@@ -2,8 +2,8 @@
 
 One cell is (case, targets, way, seed): the rate at which 90% of the requests meet both targets, and
 latencies at fixed rates. All ways see the same requests. Cells are kept in a JSON-lines file with the
-commit they were made from and are not computed again, so a run can be stopped and resumed; several runs
-with different --only or --seeds can share a file.
+commit they were made from and are not computed again unless they hold fewer requests than are asked for,
+so a run can be stopped and resumed; several runs with different --only or --seeds can share a file.
 
     python -m benchmarks.paper --cells benchmarks/results/paper.jsonl [--only 8b-sharegpt] [--seeds 1 2 3]
     python -m benchmarks.paper_table --cells benchmarks/results/paper.jsonl
@@ -144,7 +144,10 @@ def measure(key: Key, guess: int, requests: int | None = None) -> dict[str, Any]
         "goodput": round(rate_at(case.rate, index), 4),
         "index": round(index, 2),
         "curve": curve,
-        "tried": {point["rate"]: point["attainment"] for _, point in sorted(runs.points.items())},
+        "tried": [
+            [point[name] for name in ("rate", "attainment", "e2e_mean_s", "ttft_p90_s", "tpot_p90_s")]
+            for _, point in sorted(runs.points.items())
+        ],
         "cpu_s": round(time.process_time() - begin, 1),
     }
 
@@ -154,7 +157,7 @@ def key_of(row: dict[str, Any]) -> Key:
 
 
 def read_cells(path: Path) -> Cells:
-    """Every finished cell; empty without a file."""
+    """Every finished cell, the last one of each key; empty without a file."""
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -162,14 +165,20 @@ def read_cells(path: Path) -> Cells:
 
 
 def guess_for(key: Key, done: Cells) -> int:
-    """Where the goodput may be: that of the same way with another seed, or with other targets, or of the
-    way before it; else the nominal rate."""
-    name, slo, way, _ = key
+    """Where the goodput may be: that of the same way with fewer requests, another seed or other targets, or
+    of the way before it; else the nominal rate."""
+    name, slo, way, seed = key
     names = list(ways(CASES[name]))
-    near = [names[max(names.index(way) - 1, 0)], "auto"]
-    for wanted in ((slo, way), (None, way), *((slo, other) for other in near)):
-        for (case, targets, found, _), row in reversed(done.items()):
-            if case == name and found == wanted[1] and wanted[0] in (None, targets):
+    near = names[max(names.index(way) - 1, 0)]
+    for wanted in (
+        (slo, way, seed),
+        (slo, way, None),
+        (None, way, None),
+        (slo, near, seed),
+        (slo, near, None),
+    ):
+        for (case, *found), row in reversed(done.items()):
+            if case == name and all(want in (has, None) for want, has in zip(wanted, found, strict=True)):
                 return round(float(row["index"]))
     return 0
 
@@ -204,7 +213,7 @@ def main() -> int:
         and (not options.slos or slo in options.slos)
     ):
         done = read_cells(options.cells)  # again, as another run may have written to it
-        if key in done:
+        if key in done and done[key]["requests"] >= (options.requests or CASES[key[0]].requests):
             continue
         row = {**measure(key, guess_for(key, done), options.requests), "commit": source}
         with options.cells.open("a") as file:

@@ -31,10 +31,10 @@ class Case:
     rate: float
     slos: dict[str, tuple[float, float]]
     tensor_parallel: int = 1
-    requests: int = 400
+    requests: int = 800
     arrivals: str = "poisson"
     shares: tuple[float, ...] = PREFILL_HEAVY
-    curve: tuple[float, ...] = (0.4, 0.6, 0.8)
+    curve: tuple[float, ...] = (0.4, 0.8)
     changing: bool = False  # mixed, bursty or drifting
 
 
@@ -54,12 +54,16 @@ CASES: dict[str, Case] = {
         "llama3-8b", "a100-80g", "drifting", 2.5, {"tight": (0.6, 0.1)},
         requests=2000, curve=(0.6,), changing=True,
     ),
-    "8b-h200-sharegpt": Case("llama3-8b", "h200", "sharegpt", 45.0, _SHAREGPT),
-    "8b-h200-longbench": Case("llama3-8b", "h200", "longbench", 18.0, _LONGBENCH),
-    "8b-h200-mixed": Case("llama3-8b", "h200", "mixed", 35.0, {"tight": (1.0, 0.1)}, changing=True),
-    "70b-sharegpt": Case("llama3-70b", "a100-80g", "sharegpt", 8.0, _BIG_SHAREGPT, 4),
+    "8b-h200-sharegpt": Case("llama3-8b", "h200", "sharegpt", 80.0, _SHAREGPT, requests=2000),
+    "8b-h200-longbench": Case("llama3-8b", "h200", "longbench", 25.0, _LONGBENCH, requests=1200),
+    "8b-h200-mixed": Case(
+        "llama3-8b", "h200", "mixed", 55.0, {"tight": (1.0, 0.1)}, requests=2000, changing=True
+    ),
+    "70b-sharegpt": Case("llama3-70b", "a100-80g", "sharegpt", 9.0, _BIG_SHAREGPT, 4),
     "70b-longbench": Case("llama3-70b", "a100-80g", "longbench", 3.0, _BIG_LONGBENCH, 4),
-    "v2lite-sharegpt": Case("deepseek-v2-lite", "a100-80g", "sharegpt", 30.0, {"as 8b tight": (0.3, 0.15)}),
+    "v2lite-sharegpt": Case(
+        "deepseek-v2-lite", "a100-80g", "sharegpt", 40.0, {"as 8b tight": (0.3, 0.15)}, requests=1200
+    ),
     "v3-math500": Case(
         "deepseek-v3", "h200", "math500", 14.0, {"as 70b loose": (1.1, 0.4)}, 8, shares=DECODE_HEAVY
     ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -18,9 +19,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import read_cells
+from benchmarks.paper import curve_indices, read_cells
 from benchmarks.paper_cases import ARRIVAL, CASES, SHORTEST
 from benchmarks.paper_plot import plot_curves, plot_goodput
+from benchmarks.search import rate_at
 
 # Request rate at 90% attainment of semi-PD over each, as published (mean over its models and data sets).
 PUBLISHED = {"prefill-first": "1.72", "chunked": "1.55", "disaggregated": "1.62", "shared": "1.11"}
@@ -50,7 +52,13 @@ def goodput(row: Row) -> float:
 
 def latency(index: int) -> Figure:
     """Mean seconds to the last token at one of the rates of the curve."""
-    return lambda row: float(row["curve"][index]["e2e_mean_s"])
+    return lambda row: float(point_at(row, index)["e2e_mean_s"])
+
+
+def point_at(row: Row, index: int) -> dict[str, float]:
+    """What was measured at one of the rates of the case's curve."""
+    wanted = rate_at(CASES[row["case"]].rate, curve_indices(CASES[row["case"]])[index])
+    return next(point for point in row["curve"] if math.isclose(point["rate"], wanted, rel_tol=1e-3))
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
@@ -86,9 +94,15 @@ def ratios(ways: Ways, ours: str, other: str | None, figure: Figure, least: bool
     return [theirs / mine if least else mine / theirs for mine, theirs in pairs if min(mine, theirs) > 0.0]
 
 
+def full(rows: dict[int, Row]) -> bool:
+    """Whether every seed saw the requests that the case asks for; other ways only were screened."""
+    return all(row["requests"] >= CASES[row["case"]].requests for row in rows.values())
+
+
 def plain(ways: Ways, *starts: str) -> list[str]:
-    """Ways in the usual order of prompts whose names start so."""
-    return [way for way in ways if way.startswith(starts) and not way.endswith((SHORTEST, ARRIVAL))]
+    """Contenders in the usual order of prompts whose names start so."""
+    names = [way for way in ways if way.startswith(starts) and not way.endswith((SHORTEST, ARRIVAL))]
+    return [way for way in names if full(ways[way])]
 
 
 def fixed(ways: Ways) -> list[str]:
@@ -132,16 +146,15 @@ def latency_table(cells: dict[tuple[str, str], Ways]) -> list[str]:
         if "auto" not in ways:
             continue
         seeds = set(ways["auto"])
-        for index, point in enumerate(next(iter(ways["auto"].values()))["curve"]):
+        for index, at in enumerate(curve_indices(CASES[case])):
             figure = latency(index)
             chosen = [best(ways, seeds, figure, plain(ways, kind), least=True) for kind in kinds]
             chosen.append(best(ways, seeds, figure, fixed(ways), least=True))
             cols = " | ".join(spread(ratios(ways, "auto", name, figure, least=True)) for name in chosen)
             seconds = spread(map(figure, ways["auto"].values()))
-            lines.append(
-                f"| {title(case, slo)} | {point['rate']:.3g} | {seconds} | {cols} | {chosen[-1] or '-'} "
-                f"| {PUBLISHED_LATENCY.get(case, '-')} |"
-            )
+            rate, published = rate_at(CASES[case].rate, at), PUBLISHED_LATENCY.get(case, "-")
+            head = f"| {title(case, slo)} | {rate:.3g} | {seconds}"
+            lines.append(f"{head} | {cols} | {chosen[-1] or '-'} | {published} |")
     return lines
 
 
@@ -153,7 +166,7 @@ def order_table(cells: dict[tuple[str, str], Ways]) -> list[str]:
         "|" + "---|" * 6,
     ]
     for (case, slo), ways in cells.items():
-        short = [way for way in ways if way.endswith(SHORTEST)]
+        short = [way for way in ways if way.endswith(SHORTEST) and full(ways[way])]
         if "auto" not in ways or f"auto{ARRIVAL}" not in ways or not short:
             continue
         seeds = set(ways["auto"])
@@ -171,17 +184,22 @@ def order_table(cells: dict[tuple[str, str], Ways]) -> list[str]:
 
 def case_table(ways: Ways) -> list[str]:
     """One line a way: goodput, and at every rate of the curve the mean latency and the attainment."""
-    rates = [point["rate"] for point in next(iter(next(iter(ways.values())).values()))["curve"]]
+    case = CASES[next(row["case"] for rows in ways.values() for row in rows.values())]
+    rates = [rate_at(case.rate, index) for index in curve_indices(case)]
     heads = " | ".join(f"mean latency at {rate:.3g}/s (attainment)" for rate in rates)
     lines = [f"| way | goodput, req/s | {heads} |", "|---|---|" + "---|" * len(rates)]
+    seeds = max(map(len, ways.values()))
     order = sorted(ways, key=lambda way: -statistics.median(map(goodput, ways[way].values())))
     for way in order:
         rows = ways[way].values()
         times = []
         for index in range(len(rates)):
-            met = statistics.median(row["curve"][index]["attainment"] for row in rows)
+            met = statistics.median(point_at(row, index)["attainment"] for row in rows)
             times.append(f"{statistics.median(map(latency(index), rows)):.2f} s ({met:.0%})")
         name = f"**{way}**" if way == "auto" else way
+        if not full(ways[way]) or len(rows) < seeds:
+            least = min(row["requests"] for row in rows)
+            name += f" [{least} requests, {len(rows)} seed{'s' * (len(rows) > 1)}]"
         lines.append(f"| {name} | {spread(map(goodput, rows))} | {' | '.join(times)} |")
     return lines
 

@@ -13,7 +13,7 @@ from benchmarks import paper, sensitivity
 from benchmarks.paper_cases import CASES, fixed_ways, policy_of, ways
 from benchmarks.paper_plot import plot_curves, plot_goodput
 from benchmarks.paper_table import document, goodput_table, order_table
-from benchmarks.search import GOAL, LOWEST, goodput_index
+from benchmarks.search import GOAL, HIGHEST, LOWEST, goodput_index, rate_at
 from semipd.bench.scenario import Scenario, simulate
 from semipd.config import PolicyConfig
 from semipd.core.partition import Targets
@@ -40,6 +40,7 @@ def test_the_search_is_cheap_beside_a_good_guess_and_ends_when_nothing_meets() -
     goodput_index(lambda index: asked.append(index) or float(index < 12), 10)  # type: ignore[func-returns-value]
     assert len(asked) <= 4
     assert goodput_index(lambda index: 0.0, 0) == LOWEST
+    assert goodput_index(lambda index: 1.0, 0) == HIGHEST
 
 
 def test_a_hopeless_run_is_broken_off_with_the_verdict_it_would_have_had() -> None:
@@ -52,7 +53,7 @@ def test_a_hopeless_run_is_broken_off_with_the_verdict_it_would_have_had() -> No
 
 
 def simulate_at(index: int) -> dict[str, Any]:
-    scenario = dataclasses.replace(SMALL, rate=paper.rate_at(SMALL.rate, index))
+    scenario = dataclasses.replace(SMALL, rate=rate_at(SMALL.rate, index))
     return simulate(scenario, POLICY, steady=True)
 
 
@@ -71,10 +72,12 @@ def test_every_case_names_legal_ways_and_the_guess_of_a_cell_is_its_nearest_rela
 
 
 def cell(way: str, seed: int, rate: float, index: float = 0.0) -> dict[str, Any]:
-    point = {"rate": 4.0, "attainment": 1.0, "e2e_mean_s": 10.0 / rate}
+    case = CASES["8b-sharegpt"]
+    rates = [rate_at(case.rate, index) for index in paper.curve_indices(case)]
+    curve = [{"rate": each, "attainment": 1.0, "e2e_mean_s": 10.0 / rate} for each in rates]
     return {
         "case": "8b-sharegpt", "slo": "tight", "way": way, "seed": seed, "goodput": rate, "index": index,
-        "curve": [point], "tried": {"4.0": 1.0}, "commit": "abc",
+        "curve": curve, "tried": [[4.0, 1.0, 10.0 / rate, 0.1, 0.1]], "commit": "abc", "requests": 800,
     }  # fmt: skip
 
 
@@ -93,16 +96,18 @@ def test_the_best_fixed_way_is_one_way_for_all_seeds_and_ratios_are_taken_seed_b
         *(cell("shared", seed, rate) for seed, rate in ((1, 6.0), (2, 9.9), (3, 8.0))),  # best of seed 2
         *(cell("static 84:24", seed, rate) for seed, rate in ((1, 10.0), (2, 8.0), (3, 10.0))),
         cell("chunked 512", 1, 99.0),  # seeds 2 and 3 are missing: no best of anything
+        *(cell("static 100:8", seed, 50.0) | {"requests": 400} for seed in (1, 2, 3)),  # not the same load
         *(cell("shared, shortest first", seed, 12.0) for seed in (1, 2, 3)),
         *(cell("auto, as they came", seed, 10.0) for seed in (1, 2, 3)),
     )
     row = goodput_table(cells)[2]
     assert "11.00 (10.00 to 12.00)" in row and "1.20 (1.10 to 1.25) | static 84:24 |" in row
-    assert "1.38 (1.01 to 2.00)" in row and "99" not in row
+    assert "1.38 (1.01 to 2.00)" in row and "99" not in row and "50" not in row
     order = order_table(cells)[2]
     assert "1.00 (1.00 to 1.25)" in order  # all as they came: 10 over static's 10, 8 and 10
     assert "0.92 (0.83 to 1.00)" in order  # all shortest first
-    assert "auto over it" not in document(cells) and "**auto**" in document(cells)
+    page = document(cells)
+    assert "**auto**" in page and "static 100:8 [400 requests, 3 seeds] | 50.00" in page
     plot_goodput(cells, tmp_path / "goodput.png")
     plot_curves(cells, tmp_path / "curves.png")
     assert len(list(tmp_path.iterdir())) == 2
