@@ -38,7 +38,8 @@ class Executor(Protocol):
     Contract (tests/execute/conformance.py runs it on every implementation):
     a lane runs its batches in the order of `submit`; every submitted batch comes back from `wait` exactly
     once, as tokens or as an error; tokens depend on the slot's tokens, seed and position, not on what
-    shared the batch, on the split, or on a worker's death.
+    shared the batch, on the split, or on a worker's death. Once it is lost or closed, every call but `wake`
+    and `close` raises ExecutorLost.
     """
 
     @property
@@ -53,7 +54,8 @@ class Executor(Protocol):
         ...
 
     def submit(self, lane: Lane, batch: Batch) -> None:
-        """Queue a batch; returns at once. At most `device.depth` may be in flight on a lane."""
+        """Queue a batch; returns at once. Raises ValueError for a lane that the device has not, and for
+        more than `device.depth` in flight on one."""
         ...
 
     def wait(self, until: float | None) -> list[StepResult]:
@@ -67,7 +69,7 @@ class Executor(Protocol):
 
     def resize(self, split: Split) -> None:
         """Make `split` the target of every lane from its next boundary on. A lane grows only after the
-        others have given up what it takes."""
+        others have given up what it takes. Raises ValueError for a split of another number of units."""
         ...
 
     def close(self) -> None:

@@ -95,6 +95,7 @@ class SimExecutor:
         self._closed = False
 
     def open(self, slot: int, tokens: Sequence[int], sampling: Sampling) -> None:
+        self._check()
         if slot < 0:
             raise ValueError(f"slot {slot} is out of range")
         self._open[slot] = sampling.ban_until
@@ -103,9 +104,10 @@ class SimExecutor:
         self._open.pop(slot, None)
 
     def submit(self, lane: Lane, batch: Batch) -> None:
-        if self._closed:
-            raise ExecutorLost("the executor is closed")
-        queued = self._queued[lane]
+        self._check()
+        queued = self._queued.get(lane)
+        if queued is None:
+            raise ValueError(f"this device has no lane {lane.value}")
         if len(queued) + (lane in self._running) >= self.device.depth:
             raise ValueError(f"more than {self.device.depth} steps in flight on {lane.value}")
         queued.append(batch)
@@ -113,8 +115,7 @@ class SimExecutor:
             self._start(lane)
 
     def wait(self, until: float | None) -> list[StepResult]:
-        if self._closed:
-            raise ExecutorLost("the executor is closed")
+        self._check()
         if self._woken:
             self._woken = False
             return []
@@ -136,6 +137,9 @@ class SimExecutor:
         self._woken = True
 
     def resize(self, split: Split) -> None:
+        self._check()
+        if split.total != self.device.units:
+            raise ValueError(f"a split of {split.total} units on {self.device.units}")
         if split == self._split:
             return
         self._split = split
@@ -153,6 +157,10 @@ class SimExecutor:
         run = self._running[lane]
         run.attempts += 1
         run.left = 1.0 if run.attempts <= 2 else 0.0
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ExecutorLost("the executor is closed")
 
     def _end_when_allowed(self, batch: Batch) -> tuple[int, ...]:
         ends = self._open

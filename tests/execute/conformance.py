@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -21,6 +21,7 @@ class Harness(ABC):
 
     block_size: int = 4
     vocabulary: int = 100
+    slots: int | None = 4  # None: without limit
 
     @abstractmethod
     def make(self) -> Executor: ...
@@ -100,13 +101,18 @@ class ExecutorConformance(ABC):
     def prompt(self, harness: Harness) -> list[int]:
         return [(7 * i + 3) % harness.vocabulary for i in range(13)]
 
-    def test_every_batch_comes_back_once_and_in_order(self, driver: Driver, prompt: list[int]) -> None:
+    def test_every_batch_comes_back_once_and_in_order(
+        self, harness: Harness, driver: Driver, prompt: list[int]
+    ) -> None:
         driver.open(0, prompt)
         driver.open(1, prompt[::-1])
         batches = [driver.batch(Slice(0, 0, 13)), driver.batch(Slice(1, 0, 13))]
+        before = harness.now(driver.executor)
         driver.executor.submit(Lane.PREFILL, batches[0])
         driver.executor.submit(Lane.DECODE, batches[1])
         results = driver.collect(2)
+        after = harness.now(driver.executor)
+        assert all(before <= result.started <= result.finished <= after for result in results)
         assert {(r.lane, r.step) for r in results} == {
             (Lane.PREFILL, batches[0].step),
             (Lane.DECODE, batches[1].step),
@@ -228,17 +234,55 @@ class ExecutorConformance(ABC):
         executor = driver.executor
         executor.wake()
         assert executor.wait(None) == []
+        executor.wake()
+        executor.wake()  # two before a wait are one
+        assert executor.wait(None) == []
+        assert executor.wait(harness.now(executor) - 1.0) == []
         until = harness.now(executor) + 0.02
         assert executor.wait(until) == []
         assert harness.now(executor) >= until
 
-    def test_slots_out_of_range_are_refused(self, driver: Driver) -> None:
-        with pytest.raises(ValueError, match="slot"):
-            driver.executor.open(-1, [1], Sampling())
+    def test_what_cannot_be_is_refused_and_harms_nothing(
+        self, harness: Harness, driver: Driver, prompt: list[int]
+    ) -> None:
+        """By ValueError at once: a batch that was taken comes back, so one that never can must not be."""
+        executor, device = driver.executor, driver.executor.device
+        for slot in (-1, *(() if harness.slots is None else (harness.slots,))):
+            with pytest.raises(ValueError, match="slot"):
+                executor.open(slot, [1], Sampling())
+        driver.open(0, prompt)
+        batches = [driver.batch(Slice(0, 0, 13)) for _ in range(device.depth + 1)]
+        for lane in set(Lane) - device.lanes:
+            with pytest.raises(ValueError, match=lane.value):
+                executor.submit(lane, batches[0])
+        with pytest.raises(ValueError, match="units"):
+            executor.resize(Split.lone(Lane.DECODE, device.units + 1))
+        for batch in batches[:-1]:
+            executor.submit(Lane.PREFILL, batch)
+        with pytest.raises(ValueError, match="in flight"):
+            executor.submit(Lane.PREFILL, batches[-1])
+        results = driver.collect(device.depth)
+        assert [result.step for result in results] == [batch.step for batch in batches[:-1]]
+        assert all(result.error is None for result in results)
 
-    def test_close_twice(self, harness: Harness) -> None:
+    def test_a_closed_executor_says_so(self, harness: Harness, prompt: list[int]) -> None:
+        """With a batch in flight, and twice; only a late wake is no mistake."""
         executor = harness.make()
+        units = executor.device.units
+        executor.resize(Split.pair(1, 1, units))
+        driver = Driver(executor, harness.block_size)
+        driver.open(0, prompt)
+        executor.submit(Lane.PREFILL, driver.batch(Slice(0, 0, 13)))
         executor.close()
         executor.close()
-        with pytest.raises(ExecutorLost):
-            executor.wait(0.0)
+        executor.wake()
+        late = driver.batch(Slice(0, 0, 13))
+        calls: list[Callable[[], object]] = [
+            lambda: executor.wait(0.0),
+            lambda: executor.open(1, prompt, Sampling()),
+            lambda: executor.submit(Lane.DECODE, late),
+            lambda: executor.resize(Split.pair(1, 1, units)),
+        ]
+        for call in calls:
+            with pytest.raises(ExecutorLost, match="closed"):
+                call()

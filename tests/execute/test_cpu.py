@@ -89,19 +89,6 @@ class TestProcesses:
         assert lasting.wait(time.monotonic() + 30.0) == []
         timer.join()
 
-    def test_more_steps_than_the_depth_are_refused(self, lasting: CpuExecutor, driver: Driver) -> None:
-        for _ in range(lasting.device.depth):
-            lasting.submit(Lane.PREFILL, driver.batch(Slice(0, 0, 13)))
-        with pytest.raises(ValueError, match="in flight"):
-            lasting.submit(Lane.PREFILL, driver.batch(Slice(0, 0, 13)))
-        driver.collect(lasting.device.depth)
-
-    def test_what_the_device_lacks_is_refused(self, lasting: CpuExecutor, driver: Driver) -> None:
-        with pytest.raises(ValueError, match="transfer"):
-            lasting.submit(Lane.TRANSFER, driver.batch(Slice(0, 0, 1)))
-        with pytest.raises(ValueError, match="units"):
-            lasting.resize(Split.lone(Lane.DECODE, UNITS + 1))
-
 
 class TestCores:
     """On a model whose prompt takes long enough to meddle with."""

@@ -12,6 +12,8 @@ from tests.execute.fake import FakeExecutor, fake_device
 
 
 class SimHarness(Harness):
+    slots = None
+
     def make(self) -> Executor:
         return SimExecutor(fake_device(), FixedCost(2), VirtualClock())
 
