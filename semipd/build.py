@@ -20,6 +20,7 @@ from semipd.core.auto import Auto
 from semipd.core.engine import Engine
 from semipd.core.errors import ConfigError
 from semipd.core.kv import BlockPool
+from semipd.core.order import PromptWork
 from semipd.core.partition import Paper, Shared, Static, Targets
 from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
 from semipd.core.ports import CostModel, Executor, Observer, Policy
@@ -83,6 +84,8 @@ def resolve(config: Config) -> Resolved:
     else:
         from semipd.execute.cpu import cpu_device
 
+        if config.model.attention_backend != "triton":
+            raise ConfigError("--attention-backend is for the GPU: add --device cuda or leave it out")
         known = cpu_device(len(cores))  # what cannot work is refused before loading
         make_policy(config.policy, known, predictor(config.policy, spec, dtype, known))
         blocks, max_length = _pool(config, spec, dtype)
@@ -153,7 +156,7 @@ def _start_cuda(resolved: Resolved) -> tuple[Executor, int, int]:
         memory_share=settings.cache.gpu_memory_share,
     )
     started = start_cuda(
-        CudaBackend(),
+        CudaBackend(attention=settings.model.attention_backend),
         resolved.folder,
         shape,
         dtype=settings.model.dtype,
@@ -228,12 +231,13 @@ def _profiled(spec: ModelSpec, hardware: DeviceFile, dtype: str, units: int) -> 
 
 
 def predictor(settings: PolicyConfig, spec: ModelSpec, dtype: str, device: Device) -> CostModel | None:
-    """What `auto` predicts with on a real device; None when the settings do not ask for auto, or nothing
-    is known of the device. Raises ConfigError for a bad device file."""
+    """What `auto` and the order `shortest` predict with on a real device; None when the settings ask for
+    neither, or nothing is known of the device. Raises ConfigError for a bad device file."""
     targets = any(target != Targets() for target in targets_of(settings).values())
     chosen = settings.split == "auto" or (settings.split is None and targets)
+    wanted = (settings.policy == "semi-pd" and chosen) or settings.prompt_order == "shortest"
     name = settings.device_file or (GENERIC_CPU if device.unit_kind == "core" else None)
-    if name is None or not (settings.policy == "semi-pd" and chosen):
+    if name is None or not wanted:
         return None
     hardware = load_device(name)
     if hardware.unit_kind != device.unit_kind:
@@ -329,15 +333,24 @@ def _default_memory() -> int:
 
 
 def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None = None) -> Policy:
-    """The policy that the settings name, on this device. cost: what `auto` predicts with.
+    """The policy that the settings name, on this device. cost: what `auto` and the order `shortest` predict
+    with.
 
-    Raises ConfigError for a split that the device cannot have."""
+    Raises ConfigError for a split that the device cannot have, or a prediction that nothing makes."""
     admission: dict[str, Admission] = {
         "aggressive": Aggressive(),
         "conservative": Conservative(),
         "past-future": PastFuture(),
     }
-    limits = Limits(device.units, batch=settings.max_num_seqs, admission=admission[settings.admission])
+    work = PromptWork(cost, device.units) if cost is not None else None
+    order = None
+    if (settings.prompt_order or ("shortest" if _is_auto(settings, cost) else "fcfs")) == "shortest":
+        if work is None:
+            raise ConfigError(f"--prompt-order shortest needs a cost model of {device.name}")
+        order = work.shortest
+    limits = Limits(
+        device.units, batch=settings.max_num_seqs, admission=admission[settings.admission], order=order
+    )
     match settings.policy:
         case "prefill-first":
             return PrefillFirst(limits)
@@ -353,7 +366,18 @@ def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None =
             # Each side owns its own device or half; the cost model knows how fast that is.
             return Disaggregated(limits, Split.pair(device.units, device.units, device.units))
         case _:
-            return _semi_pd(settings, limits, device, cost)
+            if _is_auto(settings, cost):
+                if cost is None:
+                    raise ConfigError(f"--split auto needs a cost model of {device.name}")
+                return Auto(limits, device, cost, targets_of(settings), work)
+            return _semi_pd(settings, limits, device)
+
+
+def _is_auto(settings: PolicyConfig, cost: CostModel | None) -> bool:
+    """Whether auto is asked for: by name, or by a target without a split where it can predict."""
+    stated = cost is not None and any(target != Targets() for target in targets_of(settings).values())
+    chosen = settings.split == "auto" or (settings.split is None and stated)
+    return settings.policy == "semi-pd" and chosen
 
 
 def targets_of(settings: PolicyConfig) -> dict[str, Targets]:
@@ -365,16 +389,10 @@ def targets_of(settings: PolicyConfig) -> dict[str, Targets]:
     }
 
 
-def _semi_pd(settings: PolicyConfig, limits: Limits, device: Device, cost: CostModel | None) -> Policy:
-    """semi-pd under the controller that `--split` names."""
+def _semi_pd(settings: PolicyConfig, limits: Limits, device: Device) -> Policy:
+    """semi-pd under the controller that `--split` names, other than auto."""
     targets = targets_of(settings)
-    stated = any(target != Targets() for target in targets.values())
-    split = settings.split or ("auto" if stated and cost is not None else None)
-    units = device.units
-    if split == "auto":
-        if cost is None:
-            raise ConfigError(f"--split auto needs a cost model of {device.name}")
-        return Auto(limits, device, cost, targets)
+    split, units = settings.split, device.units
     if split == "shared" or not device.legal_splits:
         if split != "shared":
             log.info("%s cannot be split: both phases share it", device.name)

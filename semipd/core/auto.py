@@ -14,27 +14,25 @@ is bought off with decode's slack, and when both fail, the fewest miss.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from semipd.core.batching import Order, decode_slices, prefill_slices
+from semipd.core.batching import decode_slices, prefill_slices
 from semipd.core.lengths import LengthPredictor
 from semipd.core.live import Live
+from semipd.core.order import Order, PromptWork
 from semipd.core.partition import Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
-from semipd.core.types import Device, Event, Lane, Launched, Plan, Request, Slice, Split, Stepped, Work
+from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
 
 MISS = 20.0  # seconds of latency that one missed target is worth
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
-AGEING = 0.1  # seconds of prefill that one second of waiting makes up for
 FORESEEN = 24  # prompts looked at one by one
 STREAM_GROUPS = 4  # decoding requests are scored in this many groups
 STALE = 6  # plans for which the groups may stay as they are
-MEMORY = 10.0  # seconds over which the arriving load is averaged
 LEARNING = 0.05  # weight of the newest step in the correction of the cost model
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 
@@ -49,17 +47,29 @@ class Way(NamedTuple):
     step: float
 
 
+class Prompt(NamedTuple):
+    """work: seconds of prefill on the whole device until its first token. left: seconds until its target,
+    infinite when that is lost already: it can be neither met nor missed any more. soon: it may be late."""
+
+    work: float
+    left: float
+    soon: float
+
+
 class Group(NamedTuple):
-    """Decoding requests of similar urgency: how many, tokens still to come, seconds allowed for them."""
+    """Decoding requests of similar urgency: how many, tokens still to come, seconds allowed for them (soon:
+    they may be late)."""
 
     size: int
     remaining: float
     allowance: float
+    soon: float
 
 
 class Auto:
     """A policy and an observer. targets: by service class, one of them "default". chunks: of mixed batches.
-    cost: corrected online by what steps really take."""
+    cost: corrected online by what steps really take. work: what prompts take by the same model, shared with
+    the order in `limits`, so that the order is corrected too."""
 
     def __init__(
         self,
@@ -67,58 +77,65 @@ class Auto:
         device: Device,
         cost: CostModel,
         targets: Mapping[str, Targets],
+        work: PromptWork | None = None,
         chunks: Sequence[int] = (64, 128, 256, 512, 1024, 2048),
     ) -> None:
         self._limits, self._device, self._cost = limits, device, cost
         self._targets, self._chunks = targets, tuple(chunks)
+        self._work = work or PromptWork(cost, device.units)
         self._lengths = LengthPredictor()
         self._log_ratio = dict.fromkeys(Lane, 0.0)  # observed over predicted seconds, smoothed
+        self._slowness = dict.fromkeys(Lane, 1.0)  # its exponential
+        self._ratios = (0, 0)  # in the keys of tables
         self._running: dict[Lane, tuple[Work, float, float]] = {}  # work, launched at, predicted seconds
         self._predicted: dict[int, float] = {}
         self._tables: dict[tuple[int, ...], list[Way]] = {}
-        self._whole_seconds: dict[Request, float] = {}  # prefill of a prompt, alone on everything
         self._groups: list[Group] = []
         self._groups_of, self._groups_age = -1, 0
         self._present: tuple[int, ...] | None = None
-        self._step_left = 1.0  # share of the running prefill step
-        self._arrivals = self._load = self._counted_at = 0.0  # prompts and their work, per second
 
     def __call__(self, event: Event) -> None:
         """Observe: correct the cost model by every step, learn how long outputs are."""
         if isinstance(event, Launched):
-            beside = next((run[0] for lane, run in self._running.items() if lane is not event.lane), None)
-            mine = max(event.split.of(event.lane), 1)
-            other = sum(event.split.units.values()) - mine
-            seconds = self._cost.seconds(event.work, mine, beside, max(other, 0))
+            lane, units = event.lane, event.split.units
+            beside = next((run[0] for other, run in self._running.items() if other is not lane), None)
+            mine = max(units.get(lane, 0), 1)
+            seconds = self._cost.seconds(event.work, mine, beside, max(sum(units.values()) - mine, 0))
             self._predicted[event.batch.step] = seconds
-            self._running[event.lane] = (event.work, event.now, seconds)
+            self._running[lane] = (event.work, event.now, seconds)
         elif isinstance(event, Stepped):
             result = event.result
             self._running.pop(result.lane, None)
             seconds = self._predicted.pop(result.step, 0.0)
             observed = result.finished - result.started
             if result.error is None and result.attempts == 1 and min(seconds, observed) > 0.0:
-                news = max(-1.5, min(math.log(observed / seconds), 1.5))
-                self._log_ratio[result.lane] += LEARNING * (news - self._log_ratio[result.lane])
+                self._learn(result.lane, max(-1.5, min(math.log(observed / seconds), 1.5)))
         else:
             self._lengths(event)
+
+    def _learn(self, lane: Lane, news: float) -> None:
+        ratio = self._log_ratio[lane] = self._log_ratio[lane] + LEARNING * (news - self._log_ratio[lane])
+        self._slowness[lane] = math.exp(ratio)
+        self._work.slowness = self._slowness[Lane.PREFILL]
+        self._ratios = (round(6 * self._log_ratio[Lane.PREFILL]), round(6 * self._log_ratio[Lane.DECODE]))
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
         units = self._device.units
         run = self._running.get(Lane.PREFILL)
-        done = (now - run[1]) / max(run[2] * self._factor(Lane.PREFILL), 1e-9) if run else 0.0
-        self._step_left = max(1.0 - done, 0.05)  # as predicted; never quite nothing
-        prompts = self._prompts(live, now)
+        done = (now - run[1]) / max(run[2] * self._slowness[Lane.PREFILL], 1e-9) if run else 0.0
+        self._work.step_left = max(1.0 - done, 0.05)  # as predicted; never quite nothing
+        order = self._limits.order_at(now)
+        prompts = self._prompts(live, order, now)
         if not prompts and not live.busy(Lane.PREFILL):
             way = Way(0, units, 0, 0.0, 0.0)
         elif not live.decoding:
             way = Way(units, units, 0, 1.0, 0.0)
         else:
             way = self._choose(live, prompts, self._streams(live, now))
-        return self._launch(way, idle, live, kv, self._order(now))
+        return self._launch(way, idle, live, kv, order)
 
     def _launch(
-        self, way: Way, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], order: Order
+        self, way: Way, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], order: Order | None
     ) -> Plan:
         """Do what the fixed way would do, on the lanes that have room."""
         limits, units = self._limits, self._device.units
@@ -141,107 +158,89 @@ class Auto:
             return Plan(Split.pair(way.prefill or units, way.decode or units, units), slices)
         return Plan(Split.lone(Lane.PREFILL if prefill else Lane.DECODE, units), slices)
 
-    def _choose(self, live: Live, prompts: list[tuple[float, float]], groups: list[Group]) -> Way:
+    def _choose(self, live: Live, prompts: list[Prompt], groups: list[Group]) -> Way:
         table = self._table(live)
+        present, alone = self._present, table[-1].step
+        switch = self._device.switch_seconds * len(live)
         best, least = table[0], math.inf
         for way in table:
-            score = self._score(way, prompts, groups, table[-1].step)
-            if way[:3] == self._present:
+            score = self._score(way, prompts, groups, alone)
+            if way[:3] == present:
                 score -= STICK * abs(score)
             else:
-                score += self._device.switch_seconds * len(live)
+                score += switch
             if score < least:
                 best, least = way, score
         self._present = best[:3]
         return best
 
-    def _score(
-        self, way: Way, prompts: list[tuple[float, float]], groups: list[Group], alone: float
-    ) -> float:
-        """prompts: (seconds of prefill on the whole device until its first token, seconds left for it).
-        alone: a decode step once the prompts are done. The prompts that arrive before the present ones
+    def _score(self, way: Way, prompts: list[Prompt], groups: list[Group], alone: float) -> float:
+        """alone: a decode step once the prompts are done. The prompts that arrive before the present ones
         are done wait as well, and lengthen the busy period as in an M/G/1 queue: work / (rate - load)."""
+        _, _, _, rate, step = way
         total = misses = wait = 0.0
-        slowness = 1.0 / (way.rate or 1.0)
-        if not way.rate:
-            wait = way.step * max(group.remaining for group in groups)  # until the streams have ended
-        for work, left in prompts:
+        if not rate:
+            wait = step * max(group.remaining for group in groups)  # until the streams have ended
+            rate = 1.0
+        slowness = 1.0 / rate
+        for work, left, soon in prompts:
             total += (first := wait + work * slowness)
-            if first > left * (1.0 - MARGIN):
+            if first > soon:
                 misses += _miss(first, left)
-        backlog = prompts[-1][0] if prompts else 0.0
-        busy = wait + backlog / max((way.rate or 1.0) - self._load, 0.05)
-        total += self._arrivals * busy * 0.5 * (wait + backlog * slowness)
-        for size, remaining, allowance in groups:
-            last = remaining * way.step
+        backlog = prompts[-1].work if prompts else 0.0
+        spare = rate - self._work.load
+        busy = wait + backlog / (spare if spare > 0.05 else 0.05)
+        total += self._work.arrivals * busy * 0.5 * (wait + backlog * slowness)
+        done = busy / step if 0.0 < step < math.inf else 0.0
+        for size, remaining, allowance, soon in groups:
+            last = remaining * step
             if last > busy:  # the rest goes on without prompts
-                done = busy / way.step if way.step < math.inf else 0.0
                 last = busy + (remaining - done) * alone
             total += size * last
-            if last > allowance * (1.0 - MARGIN):
+            if last > soon:
                 misses += size * _miss(last, allowance)
         return total + MISS * misses
 
-    def _prompts(self, live: Live, now: float) -> list[tuple[float, float]]:
-        """(seconds of whole-device prefill up to and including it, seconds left to its target), in the
-        order in which prompts run."""
+    def _prompts(self, live: Live, order: Order | None, now: float) -> list[Prompt]:
+        """In the order in which they run, each with what is before it."""
         queue = [*live.prefilling, *live.waiting]
+        if not queue:
+            return []
+        seconds, default = self._work.seconds, self._targets["default"]
         found, total = [], 0.0
-        for request in heapq.nsmallest(FORESEEN, queue, key=self._order(now)):
-            own = self._seconds_of(request)
+        for request in (sorted(queue, key=order) if order else queue)[:FORESEEN]:
+            own = seconds(request)
             total += own
-            left = (
-                request.arrival
-                + self._targets.get(request.service_class, self._targets["default"]).ttft
-                - now
-            )
-            # A target that is lost already can be neither met nor missed any more.
-            found.append((total, left if request.first_token_at < 0 and left > own else math.inf))
+            target = self._targets.get(request.service_class, default)
+            left = request.arrival + target.ttft - now
+            if request.first_token_at >= 0 or left <= own:
+                left = math.inf
+            found.append(Prompt(total, left, left * (1.0 - MARGIN)))
         if len(queue) > FORESEEN:
-            found.append((total * len(queue) / FORESEEN, math.inf))
+            found.append(Prompt(total * len(queue) / FORESEEN, math.inf, math.inf))
         return found
-
-    def _order(self, now: float) -> Order:
-        """Shortest remaining prompt first; waiting makes up for length, so none starves."""
-        return lambda request: self._seconds_of(request) - AGEING * (now - request.arrival)
 
     def _streams(self, live: Live, now: float) -> list[Group]:
         if self._groups_of == len(live.decoding) and self._groups_age < STALE:
             self._groups_age += 1
             return self._groups
         rows = []
+        default, expected = self._targets["default"], self._lengths.remaining
         for request in live.decoding:
-            remaining = max(self._lengths.remaining(request), 1)
-            allowed = self._targets.get(request.service_class, self._targets["default"]).tpot * (
-                len(request.output) + remaining - 1
-            )
+            remaining = expected(request) or 1
+            target = self._targets.get(request.service_class, default)
+            allowed = target.tpot * (len(request.output) + remaining - 1)
             rows.append((allowed - (now - request.first_token_at), remaining))
         rows.sort(key=lambda row: row[0] / row[1])
         size = -(-len(rows) // STREAM_GROUPS)
-        parts = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
-        self._groups = [
-            Group(len(part), sum(r for _, r in part) / len(part), sum(a for a, _ in part) / len(part))
-            for part in parts
-        ]
+        self._groups = []
+        for begin in range(0, len(rows), size):
+            part = rows[begin : begin + size]
+            allowance = sum(allowed for allowed, _ in part) / len(part)
+            mean = sum(remaining for _, remaining in part) / len(part)
+            self._groups.append(Group(len(part), mean, allowance, allowance * (1.0 - MARGIN)))
         self._groups_of, self._groups_age = len(live.decoding), 0
         return self._groups
-
-    def _seconds_of(self, request: Request) -> float:
-        """Prefill seconds that the request still needs on the whole device."""
-        known, whole = request.known, self._whole_seconds.get(request)
-        if whole is None:
-            self._whole_seconds = self._whole_seconds if len(self._whole_seconds) < 4096 else {}
-            whole = self._cost.seconds(Work.of((Slice(0, 0, known),)), self._device.units)
-            self._whole_seconds[request] = whole
-            decay = math.exp(-max(request.arrival - self._counted_at, 0.0) / MEMORY)
-            self._arrivals = self._arrivals * decay + 1.0 / MEMORY
-            self._load = self._load * decay + whole / MEMORY
-            self._counted_at = max(request.arrival, self._counted_at)
-        in_flight = (request.planned - request.computed) * self._step_left  # still to be done of it
-        return whole * (max(known - request.planned, 0) + in_flight) / known * self._factor(Lane.PREFILL)
-
-    def _factor(self, lane: Lane) -> float:
-        return math.exp(self._log_ratio[lane])
 
     def _table(self, live: Live) -> list[Way]:
         """Ways that can be taken now and that no other one beats in both rate and step. Kept by rounded
@@ -250,9 +249,8 @@ class Auto:
         prefilling, decoding = live.busy(Lane.PREFILL), live.busy(Lane.DECODE)
         start, tokens = self._next_prompt(live)
         # Equal for values within about 9%.
-        features = (round(8.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start))
-        ratios = (round(6 * self._log_ratio[lane]) for lane in (Lane.PREFILL, Lane.DECODE))
-        key = (*features, prefilling, decoding, *ratios)
+        features = [round(8.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start)]
+        key = (*features, prefilling, decoding, *self._ratios)
         table = self._tables.get(key)
         if table is None:
             self._tables = self._tables if len(self._tables) < 2048 else {}
@@ -279,7 +277,7 @@ class Auto:
     def _ways(self, decode: Work, start: int, tokens: int) -> list[Way]:
         """Every candidate for this decode batch beside a prefill step."""
         units, seconds = self._device.units, self._cost.seconds
-        slow_first, slow_next = self._factor(Lane.PREFILL), self._factor(Lane.DECODE)
+        slow_first, slow_next = self._slowness[Lane.PREFILL], self._slowness[Lane.DECODE]
         prompt = Work.of((Slice(0, start, tokens),))
         whole = seconds(prompt, units) * slow_first
         ways = [Way(units, 0, 0, 1.0, math.inf), Way(0, units, 0, 0.0, seconds(decode, units) * slow_next)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from semipd.core.admission import Admission
 from semipd.core.live import Live
+from semipd.core.order import Order
 from semipd.core.ports import KVManager
 from semipd.core.types import Lane, Request, Slice, Stage
-
-Order = Callable[[Request], float]
 
 
 def decode_slices(live: Live, kv: KVManager, limit: int) -> list[Slice]:
@@ -83,6 +82,11 @@ def transfer_slices(live: Live, target: KVManager) -> list[Slice]:
             request.incoming = twin
             return [Slice(request.slot, twin.computed, request.computed - twin.computed, False)]
     return []
+
+
+def first_waiting(live: Live, order: Order | None) -> Request:
+    """The waiting prompt that would enter next. There must be one."""
+    return min(live.waiting, key=order) if order is not None else live.waiting[0]
 
 
 def _queue(live: Live, order: Order | None) -> Iterator[Request]:

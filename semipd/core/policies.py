@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from semipd.core.admission import Admission, Aggressive
-from semipd.core.batching import decode_slices, prefill_slices, transfer_slices
+from semipd.core.batching import decode_slices, first_waiting, prefill_slices, transfer_slices
 from semipd.core.live import Live
+from semipd.core.order import Order, PromptOrder
 from semipd.core.partition import Window, WindowCollector
 from semipd.core.ports import Controller, KVManager
 from semipd.core.types import Event, Lane, Plan, Slice, Split
@@ -18,12 +19,17 @@ class Limits:
     """Bounds of one step, shared by all policies.
 
     prefill_tokens: most prompt tokens in one prefill step. batch: most sequences in one decode step.
+    order: of the prompts; None: as they come.
     """
 
     units: int
     prefill_tokens: int = 2048
     batch: int = 256
     admission: Admission = field(default_factory=Aggressive)
+    order: PromptOrder | None = None
+
+    def order_at(self, now: float) -> Order | None:
+        return self.order(now) if self.order is not None else None
 
 
 class SemiPD:
@@ -52,7 +58,12 @@ class SemiPD:
             slices[Lane.DECODE] = decode_slices(live, kv[Lane.DECODE], limits.batch)
         if Lane.PREFILL in idle and not live.busy(Lane.PREFILL):
             slices[Lane.PREFILL] = prefill_slices(
-                live, kv[Lane.PREFILL], Lane.PREFILL, limits.prefill_tokens, limits.admission
+                live,
+                kv[Lane.PREFILL],
+                Lane.PREFILL,
+                limits.prefill_tokens,
+                limits.admission,
+                order=limits.order_at(now),
             )
         prefill = bool(slices.get(Lane.PREFILL)) or live.busy(Lane.PREFILL)
         decode = bool(slices.get(Lane.DECODE)) or live.busy(Lane.DECODE)
@@ -75,13 +86,20 @@ class PrefillFirst:
         if live.busy(Lane.PREFILL):
             return Plan(Split.lone(Lane.PREFILL, limits.units), {})
         if live.prefilling or (live.waiting and live.has_free_slot):
+            order = limits.order_at(now)
             if live.busy(Lane.DECODE):
                 # Let decode drain, unless the prompt could not enter anyway.
-                if live.prefilling or limits.admission.may_enter(live.waiting[0], live, kv[Lane.PREFILL]):
+                pool = kv[Lane.PREFILL]
+                if live.prefilling or limits.admission.may_enter(first_waiting(live, order), live, pool):
                     return Plan(Split.lone(Lane.DECODE, limits.units), {})
             else:
                 prompts = prefill_slices(
-                    live, kv[Lane.PREFILL], Lane.PREFILL, limits.prefill_tokens, limits.admission
+                    live,
+                    kv[Lane.PREFILL],
+                    Lane.PREFILL,
+                    limits.prefill_tokens,
+                    limits.admission,
+                    order=order,
                 )
                 if prompts:
                     return Plan(Split.lone(Lane.PREFILL, limits.units), {Lane.PREFILL: prompts})
@@ -113,6 +131,7 @@ class Chunked:
             self._chunk_tokens - len(slices),
             limits.admission,
             longest=self._long_prompt,
+            order=limits.order_at(now),
         )
         return Plan(split, {Lane.DECODE: slices})
 
@@ -133,6 +152,11 @@ class Disaggregated:
             slices[Lane.TRANSFER] = transfer_slices(live, kv[Lane.DECODE])
         if Lane.PREFILL in idle and not live.busy(Lane.PREFILL):
             slices[Lane.PREFILL] = prefill_slices(
-                live, kv[Lane.PREFILL], Lane.PREFILL, limits.prefill_tokens, limits.admission
+                live,
+                kv[Lane.PREFILL],
+                Lane.PREFILL,
+                limits.prefill_tokens,
+                limits.admission,
+                order=limits.order_at(now),
             )
         return Plan(self._split, slices)

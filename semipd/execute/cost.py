@@ -11,16 +11,29 @@ Implements `core.ports.CostModel`. Standard library only: it runs a few times pe
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from semipd.core.errors import ConfigError
 from semipd.core.types import Work
 from semipd.execute import cost_operators as operators
-from semipd.execute.cost_curves import NOTHING, Load, Numbers, TokenCurve
+from semipd.execute.cost_curves import Load, Numbers, Piece, Place, TokenCurve
 from semipd.execute.cost_kernels import StepKernels, dtypes_of
 from semipd.execute.device_file import DeviceFile
 from semipd.model.spec import ModelSpec
 
-_REMEMBERED = 512  # loads of recent steps: a running step is asked about whenever its neighbour changes
+_REMEMBERED = 64  # recent steps: a running one is asked about whenever its neighbour or its units change
+
+
+class _Pieces(NamedTuple):
+    """Of a step: seconds of the host, bytes and FLOPs, where its parts lie on their curves (None: none)."""
+
+    host: float
+    moved: float = 0.0
+    flops: float = 0.0
+    tokens: Place | None = None
+    sampled: Place | None = None
+    prompts: Piece | None = None
+    singles: Piece | None = None
 
 
 class StepCost:
@@ -48,7 +61,7 @@ class StepCost:
         self._linears = TokenCurve(device, kernels.token_items())
         self._head = TokenCurve(device, kernels.head_items())
         self._prompts, self._singles = kernels.attention()
-        self._recent: dict[tuple[int, int], tuple[Work, Numbers]] = {}
+        self._recent: dict[int, tuple[Work, _Pieces, dict[int, Numbers]]] = {}  # by id; loads by units
 
     def seconds(self, work: Work, units: int, beside: Work | None = None, beside_units: int = 0) -> float:
         """Seconds of a step with `work` on `units`, all the while beside another one (or alone). Lanes
@@ -68,14 +81,15 @@ class StepCost:
         return Load(*self._recall(work, units))
 
     def _recall(self, work: Work, units: int) -> Numbers:
-        key = (id(work), units)
-        known = self._recent.get(key)
-        if known is not None and known[0] is work:  # an id may come back, the object behind it does not
-            return known[1]
-        load = self._load(work, max(units, 1))
-        if len(self._recent) >= _REMEMBERED:
-            self._recent.clear()
-        self._recent[key] = (work, load)
+        known = self._recent.get(id(work))
+        if known is None or known[0] is not work:  # an id may come back, the object behind it does not
+            if len(self._recent) >= _REMEMBERED:
+                self._recent.clear()
+            known = self._recent[id(work)] = (work, self._pieces(work), {})
+        loads = known[2]
+        load = loads.get(units)
+        if load is None:
+            load = loads[units] = self._load(known[1], max(units, 1))
         return load
 
     def parts(self, work: Work, units: int | None = None) -> dict[str, float]:
@@ -85,42 +99,63 @@ class StepCost:
         result = self._linears.parts(max(work.tokens * scale, 1.0), units) if work.tokens else {}
         if work.sampled:
             result |= self._head.parts(max(work.sampled * scale, 1.0), units)
-        prompts, singles = self._attention_loads(work, units, scale)
-        result |= {"prompt attention": prompts[0], "generation attention": singles[0]}
+        prompts, singles = self._attention_pieces(work, scale)
+        result["prompt attention"] = self._prompts.at(prompts, units)[0] if prompts else 0.0
+        result["generation attention"] = self._singles.at(singles, units)[0] if singles else 0.0
         return result | {"host": self._host_seconds(work)}
 
-    def _load(self, work: Work, units: int) -> Numbers:
+    def _pieces(self, work: Work) -> _Pieces:
+        """What of the work matters on any units."""
+        host = self._host_seconds(work)
         if not work.tokens:
-            return (self._host_seconds(work), 0.0, 0.0, 0.0, 0.0)
+            return _Pieces(host)
         scale = 1.0 / self._microbatches
-        a, b, c, d, e = self._linears.load(work.tokens * scale, units)
-        a += self._host_seconds(work)
-        prompts, singles = self._attention_loads(work, units, scale)
-        head = self._head.load(work.sampled * scale, units) if work.sampled else NOTHING
-        for part in (head, prompts, singles):
-            if part is not NOTHING:
-                a += part[0]
-                b += part[1]
-                c += part[2]
-                d += part[3]
-                e += part[4]
-        return a, b, c, d, e
+        tokens = self._linears.place(work.tokens * scale)
+        sampled = self._head.place(work.sampled * scale) if work.sampled else None
+        prompts, singles = self._attention_pieces(work, scale)
+        traffic = [tokens[2:]]
+        if sampled is not None:
+            traffic.append(sampled[2:])
+        if prompts is not None:
+            traffic.append(self._prompts.traffic(prompts))
+        if singles is not None:
+            traffic.append(self._singles.traffic(singles))
+        moved, flops = (sum(column) for column in zip(*traffic, strict=True))
+        return _Pieces(host, moved, flops, tokens, sampled, prompts, singles)
 
-    def _attention_loads(self, work: Work, units: int, scale: float) -> tuple[Numbers, Numbers]:
+    def _load(self, pieces: _Pieces, units: int) -> Numbers:
+        host, moved, flops, tokens, sampled, prompts, singles = pieces
+        if tokens is None:
+            return host, 0.0, 0.0, 0.0, 0.0
+        seconds, memory_slope, compute_slope = self._linears.at(tokens, units)
+        seconds += host
+        for piece, curve in (
+            (sampled, self._head),
+            (prompts, self._prompts),
+            (singles, self._singles),
+        ):
+            if piece is not None:
+                now, slower, busier = curve.at(piece, units)  # type: ignore[arg-type]  # its own kind
+                seconds += now
+                memory_slope += slower
+                compute_slope += busier
+        return seconds, memory_slope, compute_slope, moved, flops
+
+    def _attention_pieces(self, work: Work, scale: float) -> tuple[Piece | None, Piece | None]:
         """(of prompt slices, of single positions). Work made without `decodes` is all singles when every
         sequence has one token, else all prompts."""
         decodes, read = work.decodes, work.decode_context
         if not decodes and work.tokens == work.sequences:
             decodes, read = work.tokens, work.context
-        prompts = singles = NOTHING
+        prompts = singles = None
         tokens = work.tokens - decodes
         if tokens > 0:
             pairs = work.square - (read - 0.5 * decodes)
-            prompts = self._prompts.load(
-                tokens * scale, max(pairs, 0.5 * tokens) * scale, (work.context - read) * scale, units
+            prompts = self._prompts.piece(
+                tokens * scale, max(pairs, 0.5 * tokens) * scale, (work.context - read) * scale
             )
         if decodes:
-            singles = self._singles.load(decodes * scale, read * scale, read * scale, units)
+            singles = self._singles.piece(decodes * scale, read * scale, read * scale)
         return prompts, singles
 
     def _host_seconds(self, work: Work) -> float:

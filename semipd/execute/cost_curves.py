@@ -33,7 +33,13 @@ class Load(NamedTuple):
 
 # Inside the look-ups a load is a plain tuple: making a named one takes as long as the rest.
 Numbers = tuple[float, float, float, float, float]
-NOTHING: Numbers = (0.0, 0.0, 0.0, 0.0, 0.0)
+Timing = tuple[float, float, float]  # the first three of them; the others are the same on any units
+# A place on a curve of the amount: grid point at or below, share of the way to the next one (above the
+# grid: -1, and how many times the last one), bytes moved, FLOPs.
+Place = tuple[int, float, float, float]
+# A piece of attention: how far the fit is from the roofline; seconds to start, of compute and of memory on
+# the whole device; FLOPs; bytes moved.
+Piece = tuple[float, float, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -116,32 +122,36 @@ class TokenCurve:
         ]
         self._tables: dict[int, list[Numbers]] = {}
 
-    def load(self, amount: float, units: int) -> Numbers:
-        """Between grid points, loads are interpolated linearly; above the grid they are proportional."""
-        table = self._tables.get(units)
-        if table is None:
-            table = self._tables[units] = self._make_table(units)
+    def place(self, amount: float) -> Place:
+        """Where the amount lies, the same on any units. Between grid points, loads are interpolated
+        linearly; above the grid they are proportional."""
         place = amount - 1.0 if amount <= _EXACT else _EXACT - 1 + 8.0 * (math.log2(amount) - _EXACT_LOG)
+        table = self._table(self._device.units)
         if place <= 0.0:
-            return table[0]
+            return (0, 0.0, *table[0][3:])
         index = int(place)
-        share = place - index
         if index >= len(table) - 1:
             factor = amount / self._amounts[-1]
-            a, b, c, d, e = table[-1]
-            return a * factor, b * factor, c * factor, d * factor, e * factor
+            return -1, factor, table[-1][3] * factor, table[-1][4] * factor
+        share = place - index
         if not share:
-            return table[index]
+            return (index, 0.0, *table[index][3:])
         rest = 1.0 - share
-        a, b, c, d, e = table[index]
-        p, q, r, s, t = table[index + 1]
-        return (
-            a * rest + p * share,
-            b * rest + q * share,
-            c * rest + r * share,
-            d * rest + s * share,
-            e * rest + t * share,
-        )
+        (_, _, _, d, e), (_, _, _, s, t) = table[index : index + 2]
+        return index, share, d * rest + s * share, e * rest + t * share
+
+    def at(self, place: Place, units: int) -> Timing:
+        """The load there, without what it moves and computes."""
+        table = self._tables.get(units) or self._table(units)
+        index, share, _, _ = place
+        a, b, c, _, _ = table[index]
+        if not share:
+            return a, b, c
+        if index < 0:
+            return a * share, b * share, c * share
+        rest = 1.0 - share
+        p, q, r, _, _ = table[index + 1]
+        return a * rest + p * share, b * rest + q * share, c * rest + r * share
 
     def parts(self, amount: float, units: float) -> dict[str, float]:
         """Seconds by item name, without the grid."""
@@ -151,8 +161,11 @@ class TokenCurve:
             result[item.name] = result.get(item.name, 0.0) + load.seconds
         return result
 
-    def _make_table(self, units: int) -> list[Numbers]:
-        rows = []
+    def _table(self, units: int) -> list[Numbers]:
+        """The load at every grid point, on so many units."""
+        if units in self._tables:
+            return self._tables[units]
+        rows = self._tables[units] = []
         for index, amount in enumerate(self._amounts):
             items = zip(self.items, self._whole, strict=True)
             loads = [self._item_load(item, amount, whole[index], units) for item, whole in items]
@@ -206,13 +219,11 @@ class Attention:
         self._paces: dict[int, tuple[float, float, float, float]] = {}
         self._grid = self._make_grid(demand)
 
-    def load(self, tokens: float, pairs: float, context: float, units: int) -> Numbers:
-        """tokens above 0; pairs at least tokens / 2; context: KV rows read."""
-        kernel, affine, count = self._kernel, self._affine, self._count
-        paces = self._paces.get(units)
-        if paces is None:
-            paces = self._paces[units] = self._make_paces(units)
-        slow_compute, slow_memory, least_flop, least_byte = paces
+    def piece(self, tokens: float, pairs: float, context: float) -> Piece:
+        """What `at` needs of the work, the same on any units.
+
+        tokens above 0; pairs at least tokens / 2; context: KV rows read."""
+        kernel, affine = self._kernel, self._affine
         reach = (context if self._from_context else pairs) / tokens
         whole = self._grid.seconds(reach, tokens * self._rows)
         by_tokens, by_pairs, by_context = affine.flops
@@ -224,14 +235,38 @@ class Attention:
         compute, memory = flops * self._per_flop, moved * self._per_byte
         fitted = usual * self._per_byte
         factor = whole / (start + (compute if compute > fitted else fitted))
-        start *= factor
+        return factor, start * factor, compute, memory, flops, moved
+
+    def traffic(self, piece: Piece) -> tuple[float, float]:
+        """Bytes that the piece moves and FLOPs that it computes."""
+        return self._count * piece[5], self._count * piece[4]
+
+    def at(self, piece: Piece, units: int) -> Timing:
+        """The load of the piece, without its traffic. Comparisons are written out: `max` takes as long as
+        all the rest."""
+        factor, start, compute, memory, flops, moved = piece
+        paces = self._paces.get(units)
+        if paces is None:
+            paces = self._paces[units] = self._make_paces(units)
+        slow_compute, slow_memory, least_flop, least_byte = paces
         compute *= factor * slow_compute
         memory *= factor * slow_memory
-        least = max(flops * least_flop, moved * least_byte)
-        now = max(start + (compute if compute > memory else memory), least)
-        slower = max(start + max(compute, 2.0 * memory), least, 2.0 * moved * least_byte)
-        busier = max(start + max(2.0 * compute, memory), least, 2.0 * flops * least_flop)
-        return count * now, count * (slower - now), count * (busier - now), count * moved, count * flops
+        least_compute, least_memory = flops * least_flop, moved * least_byte
+        twice_compute, twice_memory = 2.0 * compute, 2.0 * memory
+        now = start + (compute if compute > memory else memory)
+        slower = start + (compute if compute > twice_memory else twice_memory)
+        busier = start + (memory if memory > twice_compute else twice_compute)
+        if now < least_memory:  # the device's ceilings bind
+            now = least_memory
+        if now < least_compute:
+            now = least_compute
+        # At half speed the other ceiling stays where it was.
+        if slower < 2.0 * least_memory or slower < least_compute:
+            slower = max(2.0 * least_memory, least_compute)
+        if busier < 2.0 * least_compute or busier < least_memory:
+            busier = max(2.0 * least_compute, least_memory)
+        count = self._count
+        return count * now, count * (slower - now), count * (busier - now)
 
     def _make_paces(self, units: int) -> tuple[float, float, float, float]:
         """(slowdown of compute, of memory, least seconds per FLOP, per byte)."""

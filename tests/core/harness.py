@@ -9,6 +9,7 @@ from semipd.core.auto import Auto
 from semipd.core.engine import Engine
 from semipd.core.keys import ROOT, block_keys
 from semipd.core.kv import BlockPool
+from semipd.core.order import PromptWork
 from semipd.core.partition import Shared, Static, Targets
 from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
 from semipd.core.ports import Policy
@@ -23,13 +24,16 @@ POLICIES = (
     "chunked-3",
     "chunked-16",
     "chunked-long",
+    "chunked-shortest",
     "disaggregated",
     "auto",
 )
 
 
 def make_policy(name: str, units: int = 2, admission: Admission | None = None) -> Policy:
-    limits = Limits(units, prefill_tokens=16, batch=8, admission=admission or Aggressive())
+    work = PromptWork(FixedCost(units), units)
+    order = work.shortest if name in ("auto", "chunked-shortest") else None
+    limits = Limits(units, 16, batch=8, admission=admission or Aggressive(), order=order)
     match name:
         case "static":
             return SemiPD(limits, Static(1, units - 1, units))
@@ -39,11 +43,13 @@ def make_policy(name: str, units: int = 2, admission: Admission | None = None) -
             return PrefillFirst(limits)
         case "auto":
             targets = {"default": Targets(0.05, 0.005)}
-            return Auto(limits, fake_device(units=units), FixedCost(units), targets, chunks=(3, 8, 16))
+            return Auto(limits, fake_device(units=units), FixedCost(units), targets, work, (3, 8, 16))
         case "disaggregated":
             return Disaggregated(limits, Split.pair(1, units - 1, units))
         case "chunked-long":
             return Chunked(limits, 16, long_prompt=4)
+        case "chunked-shortest":
+            return Chunked(limits, 16)
         case _:
             return Chunked(limits, int(name.partition("-")[2]))
 

@@ -12,6 +12,7 @@ from semipd.core.admission import Aggressive
 from semipd.core.auto import Auto
 from semipd.core.engine import Engine
 from semipd.core.kv import BlockPool
+from semipd.core.order import PromptWork
 from semipd.core.partition import Targets
 from semipd.core.policies import Limits
 from semipd.core.types import Device, Event, Lane, Launched, Request, Sampling, Stepped
@@ -30,8 +31,9 @@ class Rig:
         real = FixedCost(UNITS, truth * 1e-3, truth * 1e-4, truth * 1e-6)
         self.clock = VirtualClock()
         self.events: list[Event] = []
-        limits = Limits(UNITS, prefill_tokens=2048, batch=64, admission=Aggressive())
-        self.auto = Auto(limits, DEVICE, model, {"default": targets})
+        work = PromptWork(model, UNITS)
+        limits = Limits(UNITS, 2048, batch=64, admission=Aggressive(), order=work.shortest)
+        self.auto = Auto(limits, DEVICE, model, {"default": targets}, work)
         pool = BlockPool(4000, 16)
         self.engine = Engine(
             SimExecutor(DEVICE, real, self.clock),
@@ -116,7 +118,7 @@ def test_a_wrong_cost_model_is_corrected_by_what_is_observed(truth: float) -> No
     for _ in range(6):
         rig.add(3000, 1)
     rig.run()
-    assert rig.auto._factor(Lane.DECODE) == pytest.approx(truth, rel=0.25)
+    assert rig.auto._slowness[Lane.DECODE] == pytest.approx(truth, rel=0.25)
     for request in rig.requests[:8]:
         assert (request.last_token_at - request.first_token_at) / 299 <= 0.012
 

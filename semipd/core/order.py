@@ -1,0 +1,60 @@
+"""In which order prompts run: as they come, or the shortest first.
+
+As they come, a prompt that has started goes on before others start (`batching` does so without being told).
+Shortest first goes by the seconds of work that are left of a prompt, less a part of the time that it has
+waited, so that short ones do not stand behind long ones and none starves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from semipd.core.ports import CostModel
+from semipd.core.types import Request, Slice, Work
+
+Order = Callable[[Request], float]  # the least goes first
+PromptOrder = Callable[[float], Order]  # the order at a time in seconds
+
+AGEING = 0.1  # seconds of prefill that one second of waiting makes up for
+MEMORY = 10.0  # seconds over which the arriving prompts are averaged
+_REMEMBERED = 4096
+
+
+class PromptWork:
+    """How long prompts take on the whole device, alone; and how many seconds of that arrive per second.
+
+    slowness: observed over predicted seconds, for whoever observes them. step_left: share of the prefill
+    step in flight that is still to be done. arrivals, load: prompts, and seconds of prefill, per second.
+    """
+
+    def __init__(self, cost: CostModel, units: int) -> None:
+        self._cost, self._units = cost, units
+        self._whole: dict[Request, float] = {}
+        self._counted_at = 0.0
+        self.slowness = self.step_left = 1.0
+        self.arrivals = self.load = 0.0
+
+    def seconds(self, request: Request) -> float:
+        """Prefill seconds that the request still needs on the whole device."""
+        known, whole = request.known, self._whole.get(request)
+        if whole is None:
+            whole = self._meet(request, known)
+        in_flight = (request.planned - request.computed) * self.step_left  # still to be done of it
+        left = known - request.planned
+        return whole * ((left if left > 0 else 0) + in_flight) / known * self.slowness
+
+    def shortest(self, now: float) -> Order:
+        """A `PromptOrder`: shortest remaining prompt first, with ageing."""
+        return lambda request: self.seconds(request) - AGEING * (now - request.arrival)
+
+    def _meet(self, request: Request, known: int) -> float:
+        if len(self._whole) >= _REMEMBERED:
+            self._whole = {}
+        whole = self._cost.seconds(Work.of((Slice(0, 0, known),)), self._units)
+        self._whole[request] = whole
+        decay = math.exp(-max(request.arrival - self._counted_at, 0.0) / MEMORY)
+        self.arrivals = self.arrivals * decay + 1.0 / MEMORY
+        self.load = self.load * decay + whole / MEMORY
+        self._counted_at = max(request.arrival, self._counted_at)
+        return whole
