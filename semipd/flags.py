@@ -16,9 +16,13 @@ from semipd.config import Setting, check, unknown_setting
 Options = TypeVar("Options")
 
 
-def setting(default: Any, help: str, kind: str = "text", **rest: Any) -> Any:
-    """A field's default, help and bounds; None as a value always means "not given"."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(help, kind, **rest)})
+def setting(default: Any, help: str, kind: str = "text", *, group: str = "", **rest: Any) -> Any:
+    """A field's default, help and bounds; None as a value always means "not given".
+
+    group: the heading of its flag in the command's help."""
+    return dataclasses.field(
+        default=default, metadata={"setting": Setting(help, kind, **rest), "group": group}
+    )
 
 
 def check_fields(options: Any) -> None:
@@ -43,16 +47,22 @@ def from_values(kind: type[Options], values: Mapping[str, Any]) -> Options:
 
 
 def add_flags(parser: argparse._ActionsContainer, kind: type) -> None:
-    """One flag per field; values stay text, and a flag that is not given is None."""
+    """One flag per field, under the heading of its group; values stay text, and a flag that is not given is
+    None."""
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
     for entry in dataclasses.fields(kind):
         setting: Setting = entry.metadata["setting"]
+        heading = entry.metadata.get("group", "")
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        place = groups[heading]
         flag = "--" + entry.name.replace("_", "-")
         if setting.kind == "flag":
             action = argparse.BooleanOptionalAction if entry.default else "store_true"
-            parser.add_argument(flag, action=action, default=None, help=setting.help)
+            place.add_argument(flag, action=action, default=None, help=setting.help)
             continue
         shown = "" if entry.default is None else f" (default {entry.default})"
-        parser.add_argument(
+        place.add_argument(
             flag,
             choices=setting.choices or None,
             metavar=setting.metavar or (None if setting.choices else entry.name.rpartition("_")[2].upper()),

@@ -22,14 +22,27 @@ DEFAULT_CONCURRENCY = 8
 class Options:
     """Benchmark of a server"""
 
-    url: str = setting("http://127.0.0.1:8000", "the server; any that speaks OpenAI's HTTP API")
-    model: str | None = setting(None, "model to ask for (default: the first of /v1/models)")
-    endpoint: str = setting(COMPLETIONS, "which API to measure", "choice", choices=(COMPLETIONS, CHAT))
+    url: str = setting(
+        "http://127.0.0.1:8000", "the server; any that speaks OpenAI's HTTP API", group="Server"
+    )
+    model: str | None = setting(None, "model to ask for (default: the first of /v1/models)", group="Server")
+    endpoint: str = setting(
+        COMPLETIONS, "which API to measure", "choice", choices=(COMPLETIONS, CHAT), group="Server"
+    )
+    api_key: str | None = setting(None, "sent as a bearer token", group="Server")
+    timeout: float = setting(
+        600.0, "most time for one request", "seconds", low=0.01, high=1e6, group="Server"
+    )
     requests: int | None = setting(
-        None, f"how many to send (default: {DEFAULT_REQUESTS})", "size", low=1, high=10**9
+        None, f"how many to send (default: {DEFAULT_REQUESTS})", "size", low=1, high=10**9, group="Load"
     )
     duration: float | None = setting(
-        None, "stop sending after this time, instead of --requests", "seconds", low=0.1, high=1e6
+        None,
+        "stop sending after this time, instead of --requests",
+        "seconds",
+        low=0.1,
+        high=1e6,
+        group="Load",
     )
     rate: float | None = setting(
         None,
@@ -37,8 +50,11 @@ class Options:
         "number",
         low=1e-6,
         high=math.inf,
+        group="Load",
     )
-    arrivals: str = setting("poisson", "with --rate: poisson, gamma:CV or onoff:ON,OFF (two times)")
+    arrivals: str = setting(
+        "poisson", "with --rate: poisson, gamma:CV or onoff:ON,OFF (two times)", group="Load"
+    )
     concurrency: int | None = setting(
         None,
         "without --rate: streams kept busy (default: "
@@ -46,41 +62,61 @@ class Options:
         "integer",
         low=1,
         high=10000,
+        group="Load",
     )
-    input_length: str = setting("256", "prompt tokens: 1024, 4K, or 128:1024 for uniform")
-    output_length: str = setting("64", "output tokens, likewise")
+    warmup: int = setting(
+        0, "requests sent before, one by one, not counted", "integer", low=0, high=10**6, group="Load"
+    )
+    seed: int = setting(0, "of times, lengths and prompts", "integer", low=0, high=2**63 - 1, group="Load")
+    input_length: str = setting(
+        "256", "prompt tokens: 1024, 4K, or 128:1024 for uniform", group="Lengths and prompts"
+    )
+    output_length: str = setting("64", "output tokens, likewise", group="Lengths and prompts")
     workload: str | None = setting(
-        None, f"lengths like a data set's, instead of the two above: {', '.join(lengths.NAMED)}"
+        None,
+        f"lengths like a data set's, instead of the two above: {', '.join(lengths.NAMED)}",
+        group="Lengths and prompts",
     )
     length_scale: float = setting(
-        1.0, "multiplies the lengths of --workload, for small models", "number", low=1e-4, high=1e3
-    )
-    trace: str | None = setting(None, "replay the arrivals and lengths of this file")
-    trace_format: str = setting("semipd", "format of --trace", "choice", choices=tuple(traces.READERS))
-    trace_speed: float = setting(
-        1.0, "replay this many times as fast as recorded", "number", low=1e-6, high=1e6
+        1.0,
+        "multiplies the lengths of --workload, for small models",
+        "number",
+        low=1e-4,
+        high=1e3,
+        group="Lengths and prompts",
     )
     prompt_kind: str = setting(
         "auto",
         "random prompts as token ids or as text (auto: ids for completions, text for chat)",
         "choice",
         choices=("auto", "ids", "text"),
+        group="Lengths and prompts",
     )
     vocab_size: int | None = setting(
-        None, "ids are drawn below this (default: 1000)", "size", low=2, high=2**24
+        None,
+        "ids are drawn below this (default: 1000)",
+        "size",
+        low=2,
+        high=2**24,
+        group="Lengths and prompts",
     )
-    ignore_eos: bool = setting(True, "ask for exactly the output length", "flag")
-    seed: int = setting(0, "of times, lengths and prompts", "integer", low=0, high=2**63 - 1)
-    warmup: int = setting(0, "requests sent before, one by one, not counted", "integer", low=0, high=10**6)
-    timeout: float = setting(600.0, "most time for one request", "seconds", low=0.01, high=1e6)
-    api_key: str | None = setting(None, "sent as a bearer token")
+    ignore_eos: bool = setting(
+        True, "ask for exactly the output length", "flag", group="Lengths and prompts"
+    )
+    trace: str | None = setting(None, "replay the arrivals and lengths of this file", group="Trace")
+    trace_format: str = setting(
+        "semipd", "format of --trace", "choice", choices=tuple(traces.READERS), group="Trace"
+    )
+    trace_speed: float = setting(
+        1.0, "replay this many times as fast as recorded", "number", low=1e-6, high=1e6, group="Trace"
+    )
     ttft_slo: float | None = setting(
-        None, "count requests that meet this TTFT (goodput)", "seconds", low=1e-6, high=1e6
+        None, "count requests that meet this TTFT (goodput)", "seconds", low=1e-6, high=1e6, group="Result"
     )
     tpot_slo: float | None = setting(
-        None, "count requests that meet this TPOT (goodput)", "seconds", low=1e-6, high=1e6
+        None, "count requests that meet this TPOT (goodput)", "seconds", low=1e-6, high=1e6, group="Result"
     )
-    json: bool = setting(False, "print the JSON line only", "flag")
+    json: bool = setting(False, "print the JSON line only", "flag", group="Result")
 
     def __post_init__(self) -> None:
         check_fields(self)
