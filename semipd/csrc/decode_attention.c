@@ -5,25 +5,7 @@
 
 #include "kernels.h"
 #include "simd.h"
-
-/* A part of the context of one row's queries on one KV head. Parts of a (row, head) follow one another;
-   their numbers start at 0. sequence: the row's block table. */
-typedef struct {
-    int64_t row, sequence, head, first, last, part;
-} DecodeItem;
-
-/* What is the same in every layer of a step. query_stride: elements from one row's queries to the next's.
-   value_offset: elements from a layer's keys to its values. scratch: items * group * (head_dim rounded up
-   to 16, plus 2) floats. The result is [rows, heads * head_dim]. */
-typedef struct {
-    int64_t level, half, kv_heads, group, heads, head_dim, block_size, value_offset, query_stride;
-    const int32_t *tables;
-    int64_t table_stride;
-    const DecodeItem *items;
-    int64_t count;
-    float *scratch;
-    float scale;
-} DecodePlan;
+#include "team.h"
 
 static void combine(const float *out, const float *stats, int64_t parts, int64_t group, int64_t head_dim,
                     int64_t g, void *to, int half) {
@@ -43,7 +25,7 @@ static void combine(const float *out, const float *stats, int64_t parts, int64_t
     }
 }
 
-EXPORT void semipd_decode_attention(const DecodePlan *plan, const void *query, const void *layer, void *out) {
+void attend_in_team(const DecodePlan *plan, const void *query, const void *layer, void *out) {
     const Kernels *kernels = kernels_of(plan->level);
     int half = plan->half;
     int64_t count = plan->count, group = plan->group, head_dim = plan->head_dim;
@@ -52,27 +34,28 @@ EXPORT void semipd_decode_attention(const DecodePlan *plan, const void *query, c
     const char *values = (const char *)layer + plan->value_offset * element;
     Pool pool = {layer, values, plan->kv_heads, group, head_dim, plan->block_size, plan->scale};
     float *weighted = plan->scratch, *stats = weighted + count * group * stride;
-#pragma omp parallel
-    {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) {
-            const DecodeItem *item = plan->items + i;
-            const char *from = (const char *)query +
-                               (item->row * plan->query_stride + item->head * group * head_dim) * element;
-            kernels->attend_part[half](&pool, from, plan->tables + item->sequence * plan->table_stride,
-                                       item->head, item->first, item->last, weighted + i * group * stride,
-                                       stats + 2 * i * group);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; i++) {
-            const DecodeItem *item = plan->items + i;
-            if (item->part != 0) continue; /* combined with the first part */
-            int64_t parts = 1;
-            while (i + parts < count && plan->items[i + parts].part != 0) parts++;
-            char *to = (char *)out + (item->row * plan->heads + item->head * group) * head_dim * element;
-            for (int64_t g = 0; g < group; g++)
-                combine(weighted + i * group * stride, stats + 2 * i * group, parts, group, head_dim, g,
-                        to + g * head_dim * element, half);
-        }
+    for (int64_t i = 0; i < count; i++) {
+        const DecodeItem *item = plan->items + i;
+        const char *from = (const char *)query +
+                           (item->row * plan->query_stride + item->head * group * head_dim) * element;
+        kernels->attend_part[half](&pool, from, plan->tables + item->sequence * plan->table_stride, item->head,
+                                   item->first, item->last, weighted + i * group * stride, stats + 2 * i * group);
     }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+        const DecodeItem *item = plan->items + i;
+        if (item->part != 0) continue; /* combined with the first part */
+        int64_t parts = 1;
+        while (i + parts < count && plan->items[i + parts].part != 0) parts++;
+        char *to = (char *)out + (item->row * plan->heads + item->head * group) * head_dim * element;
+        for (int64_t g = 0; g < group; g++)
+            combine(weighted + i * group * stride, stats + 2 * i * group, parts, group, head_dim, g,
+                    to + g * head_dim * element, half);
+    }
+}
+
+EXPORT void semipd_decode_attention(const DecodePlan *plan, const void *query, const void *layer, void *out) {
+#pragma omp parallel
+    attend_in_team(plan, query, layer, out);
 }

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "linear.h"
+
 #define EXPORT __attribute__((visibility("default")))
 
 enum { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
@@ -21,6 +23,27 @@ typedef struct {
 typedef void AttendPart(const Pool *pool, const void *query, const int32_t *table, int64_t kv_head,
                         int64_t first, int64_t last, float *out, float *stats);
 
+#define PART 256 /* positions of a context that are one part; also in model/kernels.py */
+
+/* A part of the context of one row's queries on one KV head. Parts of a (row, head) follow one another;
+   their numbers start at 0. sequence: the row's block table. */
+typedef struct {
+    int64_t row, sequence, head, first, last, part;
+} DecodeItem;
+
+/* What is the same in every layer of a step. query_stride: elements from one row's queries to the next's.
+   value_offset: elements from a layer's keys to its values. scratch: items * group * (head_dim rounded up
+   to 16, plus 2) floats. The result is [rows, heads * head_dim]. */
+typedef struct {
+    int64_t level, half, kv_heads, group, heads, head_dim, block_size, value_offset, query_stride;
+    const int32_t *tables;
+    int64_t table_stride;
+    const DecodeItem *items;
+    int64_t count;
+    float *scratch;
+    float scale;
+} DecodePlan;
+
 /* out = x / rms(x) * weight; with delta, x += delta first. */
 typedef void NormRow(void *x, const void *delta, const void *weight, void *out, int64_t width, float eps);
 
@@ -37,10 +60,21 @@ typedef struct {
 typedef void RotateRow(const Rotation *rotation, int64_t row, void *qkv, const float *cosine, const float *sine,
                        void *layer);
 
-typedef struct { /* each for float and for bfloat16 */
+/* The first largest of the elements [0, count) of a row of logits; where one is NaN, that one. */
+typedef struct {
+    float value;
+    int32_t index;
+} Best;
+
+typedef Best FindBest(const void *row, int64_t count);
+
+typedef struct { /* those in arrays for float and for bfloat16 */
     AttendPart *attend_part[2];
     NormRow *norm_row[2];
     RotateRow *rotate_row[2];
+    FindBest *find_best[2];
+    FinishPair *finish_pair[2];
+    MultiplyPair *multiply_floats;
 } Kernels;
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

@@ -1,52 +1,70 @@
-/* Linear layers in bfloat16: how the work is cut and shared out. Every output is summed over the inputs in
-   order, in one float, whatever the number of rows and threads: a row has the same bits in any company. */
+/* Linear layers: how the work is cut and shared out. Every output is summed over the inputs in order, in one
+   float, whatever the number of rows and threads: a row has the same bits in any company. */
 
 #include <omp.h>
 
-#include "linear.h"
+#include "kernels.h"
+#include "quantized.h"
 #include "simd.h"
+#include "team.h"
 
 /* `rows` rows from x times the pairs [first, last), in blocks that stay in the second cache. */
-static void multiply_block(const Linear *linear, const uint16_t *x, int64_t x_stride,
-                           int64_t rows, int64_t first, int64_t last, uint16_t *out, int64_t out_stride) {
+static void multiply_block(const Linear *linear, const char *x, int64_t x_stride, int64_t rows, int64_t first,
+                           int64_t last, char *out, int64_t out_stride) {
     float sums[GROUP * ROW_BLOCK * PAIR] __attribute__((aligned(64)));
-    int64_t inputs = linear->inputs, tiles = inputs / DEPTH;
-    int64_t blocks = rows <= FEW ? 1 : (inputs + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
+    const Kernels *kernels = kernels_of(linear->level);
+    int half = linear->kind == TILES, stream = rows <= FEW;
+    MultiplyPair *multiply = half ? multiply_pair_amx : kernels->multiply_floats;
+    size_t element = element_size(half);
+    int64_t tiles = (linear->inputs + DEPTH - 1) / DEPTH;
+    int64_t blocks = half && stream ? 1 : (linear->inputs + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
     int64_t each = (tiles + blocks - 1) / blocks;
     for (int64_t begin = 0; begin < tiles; begin += each) {
         int64_t end = begin + each < tiles ? begin + each : tiles;
+        int64_t depth = (end == tiles ? linear->inputs : end * DEPTH) - begin * DEPTH;
         for (int64_t pair = first; pair < last; pair++) {
-            const uint16_t *weight = linear->weight + (pair * tiles + begin) * PAIR_TILE;
+            const char *weight = (const char *)linear->weight + (pair * tiles + begin) * PAIR_TILE * element;
             for (int64_t row = 0; row < rows; row += 32) {
                 int64_t count = rows - row < 32 ? rows - row : 32;
                 float *here = sums + ((pair - first) * ROW_BLOCK + row) * PAIR;
-                multiply_pair_amx(x + row * x_stride + begin * DEPTH, x_stride, count, weight, (end - begin) * DEPTH,
-                         begin == 0, rows <= FEW, here);
-                if (end == tiles) finish_pair(linear, pair, here, count, out + row * out_stride, out_stride);
+                multiply(x + (row * x_stride + begin * DEPTH) * element, x_stride, count, weight, depth, begin == 0,
+                         stream, here);
+                if (end == tiles)
+                    kernels->finish_pair[half](linear, pair, here, count, out + row * out_stride * element,
+                                               out_stride);
             }
         }
     }
 }
 
-/* Needs AMX. x: rows `x_stride` elements apart; out: rows of `outputs` elements, `out_stride` apart. */
-EXPORT void semipd_linear(const Linear *linear, const uint16_t *x, int64_t x_stride, int64_t rows,
-                          uint16_t *out, int64_t out_stride) {
-    int64_t threads = omp_get_max_threads(), rounds = (linear->pairs + GROUP * threads - 1) / (GROUP * threads);
+void linear_in_team(const Linear *linear, const void *x, int64_t x_stride, int64_t rows, void *out,
+                    int64_t out_stride, void *scratch) {
+    if (linear->kind == QUANTIZED) {
+        quantized_in_team((const Quantized *)linear, x, x_stride, rows, out, out_stride, scratch);
+        return;
+    }
+    int64_t threads = omp_get_num_threads(), rounds = (linear->pairs + GROUP * threads - 1) / (GROUP * threads);
     int64_t groups = rows > FEW ? rounds * threads : linear->pairs; /* as many for every thread */
     int64_t group = (linear->pairs + groups - 1) / groups, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     int64_t each = ROUND_UP((rows + blocks - 1) / blocks, 32); /* even blocks, so that no thread waits long */
-#pragma omp parallel
-    {
-        begin_tiles();
+    size_t element = element_size(linear->kind == TILES);
+    if (linear->kind == TILES) begin_tiles();
 #pragma omp for schedule(static) collapse(2)
-        for (int64_t block = 0; block < blocks; block++)
-            for (int64_t g = 0; g < groups; g++) {
-                int64_t row = block * each, count = rows - row < each ? rows - row : each;
-                int64_t first = g * group, last = first + group < linear->pairs ? first + group : linear->pairs;
-                if (count > 0 && first < last)
-                    multiply_block(linear, x + row * x_stride, x_stride, count, first, last,
-                                   out + row * out_stride, out_stride);
-            }
-        end_tiles();
-    }
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t row = block * each, count = rows - row < each ? rows - row : each;
+            int64_t first = g * group, last = first + group < linear->pairs ? first + group : linear->pairs;
+            if (count > 0 && first < last)
+                multiply_block(linear, (const char *)x + row * x_stride * element, x_stride, count, first, last,
+                               (char *)out + row * out_stride * element, out_stride);
+        }
+    if (linear->kind == TILES) end_tiles();
+}
+
+/* x: rows `x_stride` elements apart; out: rows of `outputs` elements, `out_stride` apart. scratch: what a
+   quantised layer needs (quantized.h), else NULL. */
+EXPORT void semipd_linear(const Linear *linear, const void *x, int64_t x_stride, int64_t rows, void *out,
+                          int64_t out_stride, void *scratch) {
+#pragma omp parallel
+    linear_in_team(linear, x, x_stride, rows, out, out_stride, scratch);
 }

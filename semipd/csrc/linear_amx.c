@@ -90,8 +90,8 @@ static void multiply_32(const uint16_t *x, int64_t x_stride, const uint16_t *wei
     _tile_stored(3, more + 16, PAIR * 4);
 }
 
-void multiply_pair_amx(const uint16_t *x, int64_t x_stride, int64_t rows, const uint16_t *weight, int64_t depth,
-                       int fresh, int stream, float *sums) {
+void multiply_pair_amx(const void *x, int64_t x_stride, int64_t rows, const void *weight, int64_t depth, int fresh,
+                       int stream, float *sums) {
     shape_tiles(rows, 64);
     if (rows > 16) multiply_32(x, x_stride, weight, depth, fresh, stream, sums);
     else multiply_16(x, x_stride, weight, depth, fresh, stream, sums);
@@ -100,8 +100,8 @@ void multiply_pair_amx(const uint16_t *x, int64_t x_stride, int64_t rows, const 
 void shape_tiles(int64_t rows, int64_t depth) { (void)rows, (void)depth; }
 void begin_tiles(void) {}
 void end_tiles(void) {}
-void multiply_pair_amx(const uint16_t *x, int64_t x_stride, int64_t rows, const uint16_t *weight, int64_t depth,
-                       int fresh, int stream, float *sums) {
+void multiply_pair_amx(const void *x, int64_t x_stride, int64_t rows, const void *weight, int64_t depth, int fresh,
+                       int stream, float *sums) {
     (void)x, (void)x_stride, (void)rows, (void)weight, (void)depth, (void)fresh, (void)stream, (void)sums;
     __builtin_trap();
 }

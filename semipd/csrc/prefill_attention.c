@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #define HERE 1
 #endif
-#include "linear.h"
+#include "kernels.h"
 #include "simd.h"
 
 enum { ROWS = 32, KEYS = 256, MOST_DIM = 256, TILE = 512 }; /* TILE: elements of a tile */

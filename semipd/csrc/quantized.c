@@ -13,42 +13,38 @@ static void multiply_block(const Quantized *q, const Rows8 *x, int64_t first_row
                            int64_t first, int64_t last, uint8_t *wide, int few, uint16_t *out,
                            int64_t out_stride) {
     float sums[ROWS * PAIR] __attribute__((aligned(64)));
-    MultiplyQuantized *multiply = q->level >= AMX && !few ? multiply_quantized_amx : multiply_quantized_vnni;
+    MultiplyQuantized *multiply = q->outline.level >= AMX && !few ? multiply_quantized_amx : multiply_quantized_vnni;
+    FinishPair *finish = kernels_of(q->outline.level)->finish_pair[1];
     for (int64_t pair = first; pair < last; pair++)
         for (int64_t row = first_row; row < last_row; row += ROWS) {
             int64_t count = last_row - row < ROWS ? last_row - row : ROWS;
             multiply(q, x, row, count, pair, wide, row == first_row, sums);
-            finish_pair(&q->outline, pair, sums, count, out + row * out_stride, out_stride);
+            finish(&q->outline, pair, sums, count, out + row * out_stride, out_stride);
         }
 }
 
-/* Needs AVX512-VNNI. x: bfloat16 rows `x_stride` elements apart, each of `width` <= inputs elements; out:
-   rows of outputs, `out_stride` apart. scratch: rows * (inputs + 8 * groups) bytes, and inputs * 32 for each
-   thread. */
-EXPORT void semipd_quantized_linear(const Quantized *q, const uint16_t *x, int64_t x_stride, int64_t width,
-                                    int64_t rows, uint16_t *out, int64_t out_stride, uint8_t *scratch) {
+void quantized_in_team(const Quantized *q, const uint16_t *x, int64_t x_stride, int64_t rows, uint16_t *out,
+                       int64_t out_stride, uint8_t *scratch) {
     int64_t inputs = q->inputs, groups = inputs / q->group, pairs = q->outline.pairs, few = rows <= FEW_ROWS;
     float *scale = (float *)scratch;
     int32_t *sum = (int32_t *)(scale + rows * groups);
     int8_t *values = (int8_t *)(sum + rows * groups);
     uint8_t *wide = (uint8_t *)(values + rows * inputs);
     Rows8 quantized = {values, scale, sum};
-    int64_t threads = omp_get_max_threads(), blocks = few ? 1 : (rows + BLOCK - 1) / BLOCK;
+    int64_t threads = omp_get_num_threads(), blocks = few ? 1 : (rows + BLOCK - 1) / BLOCK;
     int64_t each = ROUND_UP((rows + blocks - 1) / blocks, ROWS);
-#pragma omp parallel
-    {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++)
-            quantize_row(x + row * x_stride, width, inputs, q->group, values + row * inputs, scale + row * groups,
-                         sum + row * groups);
-        if (q->level >= AMX && !few) begin_tiles();
+    for (int64_t row = 0; row < rows; row++)
+        quantize_row(x + row * x_stride, q->outline.inputs, inputs, q->group, values + row * inputs,
+                     scale + row * groups, sum + row * groups);
+    int tiles = q->outline.level >= AMX && !few;
+    if (tiles) begin_tiles();
 #pragma omp for schedule(static) collapse(2)
-        for (int64_t block = 0; block < blocks; block++)
-            for (int64_t t = 0; t < threads; t++) {
-                int64_t row = block * each, end = row + each < rows ? row + each : rows;
-                multiply_block(q, &quantized, row, end, pairs * t / threads, pairs * (t + 1) / threads,
-                               wide + omp_get_thread_num() * inputs * PAIR, few, out, out_stride);
-            }
-        if (q->level >= AMX && !few) end_tiles();
-    }
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t t = 0; t < threads; t++) {
+            int64_t row = block * each, end = row + each < rows ? row + each : rows;
+            multiply_block(q, &quantized, row, end, pairs * t / threads, pairs * (t + 1) / threads,
+                           wide + omp_get_thread_num() * inputs * PAIR, few, out, out_stride);
+        }
+    if (tiles) end_tiles();
 }

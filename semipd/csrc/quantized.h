@@ -2,15 +2,15 @@
 #ifndef SEMIPD_QUANTIZED_H
 #define SEMIPD_QUANTIZED_H
 
-#include "linear.h"
+#include "kernels.h"
 
-/* An unsigned weight u stands for scale * (u - zero). inputs: padded with zeros to a multiple of `group`,
-   itself a multiple of 32. weight: [pairs, inputs / 4, 2 panels, 16 columns, 4] bytes; with 4 bits the panels
+/* An unsigned weight u stands for scale * (u - zero). inputs: outline.inputs padded with zeros to a multiple of
+   `group`, itself a multiple of 32. weight: [pairs, inputs / 4, 2 panels, 16 columns, 4] bytes; with 4 bits the panels
    share a byte, the first in its lower half. scale: [pairs, groups, 32]. zeros: the same shape, or NULL where
-   all are `zero`. outline: outputs, gated and bias are used. */
+   all are `zero`. outline: its weight is not used. */
 typedef struct {
     Linear outline;
-    int64_t level, bits, inputs, group, zero;
+    int64_t bits, inputs, group, zero;
     const uint8_t *weight;
     const float *scale;
     const uint8_t *zeros;
@@ -31,5 +31,10 @@ typedef void MultiplyQuantized(const Quantized *q, const Rows8 *x, int64_t row, 
 MultiplyQuantized multiply_quantized_vnni, multiply_quantized_amx;
 void quantize_row(const uint16_t *x, int64_t inputs, int64_t padded, int64_t group, int8_t *values, float *scale,
                   int32_t *sum);
+
+/* As linear_in_team. Needs AVX512-VNNI. scratch: rows * (inputs + 8 * groups) bytes, and inputs * 32 for each
+   thread. */
+void quantized_in_team(const Quantized *q, const uint16_t *x, int64_t x_stride, int64_t rows, uint16_t *out,
+                       int64_t out_stride, uint8_t *scratch);
 
 #endif

@@ -12,17 +12,21 @@ from semipd.execute.storage import SlotTable
 from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs
 from semipd.model.sampler import SamplingRows, sample
+from semipd.model.step import DecodeStep
 
 
 class Runner:
     """Runs steps of one lane over the shared storage: slot table, KV pool (`DenseModel.kv_shape`),
     weights."""
 
-    def __init__(self, model: DenseModel, table: SlotTable, kv: torch.Tensor) -> None:
+    def __init__(self, model: DenseModel, table: SlotTable, kv: torch.Tensor, fused: bool = True) -> None:
+        """fused: run steps of one-token slices in a few calls where the model can; the tokens are the
+        same (`DenseModel.decode_step`)."""
         self._model = model
         self._table = table
         self._kv = kv
         self._pool = Pool.of(kv)
+        self._step = model.decode_step(kv, table.tokens, table.blocks) if fused else None
 
     def run(self, slices: Sequence[Slice], boundary: Callable[[], None]) -> list[int]:
         """Compute the slices; return one token per slice with `sample`, in order, after writing each to
@@ -33,6 +37,8 @@ class Runner:
         if not slices:
             return []
         slots, starts, counts, wanted = self._columns(slices)
+        if self._step is not None and wanted.all() and counts.sum() == len(slots):
+            return self._decode(self._step, slots, starts, boundary)
         inputs = self._inputs(slots, starts, counts, wanted)
         logits = self._model.forward(inputs, self._kv, boundary)
         if not wanted.any():
@@ -46,6 +52,23 @@ class Runner:
             raise
         self._table.tokens[sampled, produced] = tokens
         return tokens
+
+    def _decode(
+        self, step: DecodeStep, slots: np.ndarray, positions: np.ndarray, boundary: Callable[[], None]
+    ) -> list[int]:
+        """As `run`, for one position a slot, of each of which a token is wanted."""
+        table, produced = self._table, positions + 1
+        tokens, values = step.run(slots, positions, boundary)
+        if not np.isfinite(values).all():
+            self._clear(slots, produced)
+            bad = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise FloatingPointError(f"the logits of row {bad} have no finite maximum: {values[bad]}")
+        others = np.flatnonzero((table.temperature[slots] > 0) | (produced < table.ban_until[slots]))
+        if others.size:
+            tokens[others] = sample(step.logits(others), self._rules(slots[others], produced[others]))
+        table.tokens[slots, produced] = tokens
+        chosen: list[int] = tokens.tolist()
+        return chosen
 
     def _columns(self, slices: Sequence[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Slots, starts, counts (int64) and sample flags, checked against the table."""

@@ -1,8 +1,9 @@
-"""Linear layers on the compiled kernels: bfloat16 weights packed once, one kernel for any number of rows.
+"""Linear layers on the compiled kernels: weights packed once, one kernel for any number of rows, so a row's
+result has the same bits for any number of rows and threads, which oneDNN's has not.
 
-Only for processors with AMX, where they read weights at memory speed (oneDNN's packed ones reach half of it
-on two cores), and where a row's result has the same bits for any number of rows and threads, which oneDNN's
-has not. Elsewhere oneDNN's packed linears were measured at memory speed already (layers.py).
+bfloat16 only with AMX, where they read weights at memory speed (oneDNN's packed ones reach half of it on
+two cores); elsewhere oneDNN's packed linears were measured at memory speed already (layers.py). float32
+from AVX-512 on.
 """
 
 from __future__ import annotations
@@ -12,17 +13,46 @@ import ctypes
 import torch
 import torch.nn.functional as functional
 
-from semipd.model.kernels import AMX, Kernels, LinearShape
+from semipd.model.kernels import AMX, AVX512, FLOATS, TILES, Kernels, LinearShape, QuantizedShape
 from semipd.model.layers import Compute, Kind
 
 PAIR, DEPTH = 32, 32  # columns and inputs of a packed tile (csrc/linear.h)
 
 
-class CompiledLinear:
-    """x -> x W + b. The unpacked weight is not kept."""
+class Native:
+    """A linear layer of csrc/linear.h. Subclasses keep alive what its shape points to."""
+
+    def __init__(self, kernels: Kernels, shape: LinearShape | QuantizedShape, outputs: int) -> None:
+        self.shape = shape
+        self.outputs = outputs
+        self._pointer = ctypes.byref(shape)
+        self._call = kernels.library.semipd_linear
+
+    def scratch_bytes(self, rows: int, threads: int) -> int:
+        """Room that a call needs besides its result."""
+        return 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[0]
+        out = x.new_empty((rows, self.outputs))
+        scratch = torch.empty(self.scratch_bytes(rows, torch.get_num_threads()), dtype=torch.uint8)
+        self._call(
+            self._pointer,
+            x.data_ptr(),
+            x.stride(0),
+            rows,
+            out.data_ptr(),
+            self.outputs,
+            scratch.data_ptr(),
+        )
+        return out
+
+
+class CompiledLinear(Native):
+    """x -> x W + b, in bfloat16 on tile registers or in float32. The unpacked weight is not kept."""
 
     def __init__(self, kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """weight: bfloat16 [outputs, inputs], with inputs a multiple of 32."""
+        """weight: [outputs, inputs]; in bfloat16, inputs are a multiple of 32."""
         self._set(
             kernels, weight.shape[0], padded_to(weight), None if bias is None else padded_to(bias), False
         )
@@ -30,10 +60,12 @@ class CompiledLinear:
     def _set(
         self, kernels: Kernels, outputs: int, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool
     ) -> None:
-        self.outputs = outputs
-        self._weight = pack(weight)
+        tiled = weight.dtype == torch.bfloat16
+        self._weight = pack(weight) if tiled else pack_floats(weight)
         self._bias = None if bias is None else bias.float().contiguous()
-        self._shape = LinearShape(
+        shape = LinearShape(
+            TILES if tiled else FLOATS,
+            kernels.level,
             weight.shape[1],
             outputs,
             weight.shape[0] // PAIR,
@@ -41,14 +73,7 @@ class CompiledLinear:
             self._weight.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
         )
-        self._pointer = ctypes.byref(self._shape)
-        self._call = kernels.library.semipd_linear
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.shape[0]
-        out = x.new_empty((rows, self.outputs))
-        self._call(self._pointer, x.data_ptr(), x.stride(0), rows, out.data_ptr(), self.outputs)
-        return out
+        super().__init__(kernels, shape, outputs)
 
 
 class CompiledGated(CompiledLinear):
@@ -70,11 +95,12 @@ class CompiledGated(CompiledLinear):
 
 def compiled_kind(kernels: Kernels | None, dtype: torch.dtype, otherwise: Kind) -> Kind:
     """Compiled linears wherever kernels, dtype and shape allow them; `otherwise` elsewhere."""
-    if kernels is None or kernels.level < AMX or dtype != torch.bfloat16:
+    tiled = dtype == torch.bfloat16
+    if kernels is None or kernels.level < (AMX if tiled else AVX512):
         return otherwise
 
     def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Compute:
-        if weight.shape[1] % DEPTH:
+        if tiled and weight.shape[1] % DEPTH:
             return otherwise.linear(weight, bias)
         return CompiledLinear(kernels, weight, bias)
 
@@ -84,7 +110,7 @@ def compiled_kind(kernels: Kernels | None, dtype: torch.dtype, otherwise: Kind) 
         up: torch.Tensor,
         up_bias: torch.Tensor | None,
     ) -> Compute:
-        if gate.shape[1] % DEPTH or (gate_bias is None) != (up_bias is None):
+        if (tiled and gate.shape[1] % DEPTH) or (gate_bias is None) != (up_bias is None):
             return otherwise.gated(gate, gate_bias, up, up_bias)
         return CompiledGated(kernels, gate, gate_bias, up, up_bias)
 
@@ -96,6 +122,13 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     columns, inputs = weight.shape
     tiles = weight.view(columns // PAIR, 2, 16, inputs // DEPTH, 16, 2)
     return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def pack_floats(weight: torch.Tensor) -> torch.Tensor:
+    """[columns, inputs] -> [columns / 32, inputs up to a multiple of 32, 32 columns]."""
+    columns, inputs = weight.shape
+    padded = functional.pad(weight, (0, -inputs % DEPTH))
+    return padded.view(columns // PAIR, PAIR, -1).transpose(1, 2).contiguous()
 
 
 def padded_to(x: torch.Tensor, to: int = PAIR) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
 
@@ -13,12 +14,13 @@ from semipd.core.errors import ConfigError
 from semipd.model.attention import AttentionPlan, Pool, Ragged, attend, plan_attention
 from semipd.model.compiled import compiled_kind
 from semipd.model.kernels import Kernels, can_attend, load_kernels
-from semipd.model.layers import PLAIN, Compute, Kind, choose_kind, pad_rows, padded_rows
+from semipd.model.layers import PLAIN, Compute, Kind, Layer, choose_kind, pad_rows, padded_rows
 from semipd.model.quantize import METHODS, Matrix, quantized_kind, stack
 from semipd.model.quantized_weights import QuantizedWeights, read_format
 from semipd.model.rope import rope_frequencies
 from semipd.model.row_ops import CompiledRowOps, Heads, PlainRowOps, Rotations, RowOps
 from semipd.model.spec import ModelSpec, load_spec
+from semipd.model.step import DecodeStep, Parts, can_step
 from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
 
 
@@ -36,21 +38,6 @@ class StepInputs:
     ragged: Ragged
     kv_rows: torch.Tensor
     sample: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's parameters. The norms of queries and keys exist in some families only."""
-
-    qkv: Compute
-    output: Compute
-    gate_up: Compute
-    down: Compute
-    attention_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    query_norm: torch.Tensor | None
-    key_norm: torch.Tensor | None
-    window: int | None
 
 
 class DenseModel:
@@ -81,6 +68,23 @@ class DenseModel:
         """Shape of a KV pool in `dtype`: [layers, 2, blocks, kv_heads, block_size, head_dim]."""
         spec = self.spec
         return (spec.layers, 2, blocks, spec.kv_heads, block_size, spec.head_dim)
+
+    def decode_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> DecodeStep | None:
+        """What computes steps of one-token slices in a few calls (see `DecodeStep`), with the same bits as
+        `forward`; None where some layer has no compiled form."""
+        parts = Parts(
+            self.spec,
+            self.dtype,
+            self._embedding,
+            self._layers,
+            self._norm,
+            self._head,
+            self._frequencies,
+            self._rope_factor,
+        )
+        if self._kernels is None or not can_step(self._kernels, parts):
+            return None
+        return DecodeStep(self._kernels, parts, kv, tokens, tables)
 
     def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
         """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the

@@ -17,7 +17,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-PART = 256  # positions at a time (csrc/decode_attention.c, csrc/prefill_attention.c)
+PART = 256  # positions at a time (csrc/kernels.h, csrc/prefill_attention.c)
 MOST_GROUP = 64  # query heads per KV head
 MOST_HEAD_DIM = 256
 LANES = 16
@@ -63,34 +63,39 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_norm.restype = None
     library.semipd_rotate.argtypes = [_POINTER] * 3
     library.semipd_rotate.restype = None
-    library.semipd_linear.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG]
+    library.semipd_angles.argtypes = [_POINTER, _LONG, _POINTER, _LONG, ctypes.c_double, _POINTER, _POINTER]
+    library.semipd_angles.restype = None
+    library.semipd_linear.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER]
     library.semipd_linear.restype = None
-    library.semipd_quantized_linear.argtypes = [
-        *(_POINTER, _POINTER, _LONG, _LONG, _LONG),
-        *(_POINTER, _LONG, _POINTER),
-    ]
-    library.semipd_quantized_linear.restype = None
+    library.semipd_step_begin.argtypes = [_POINTER, _POINTER]
+    library.semipd_step_begin.restype = _LONG
+    library.semipd_step_layers.argtypes = [_POINTER, _POINTER, _LONG, _LONG]
+    library.semipd_step_layers.restype = None
+    library.semipd_step_end.argtypes = [_POINTER, _POINTER]
+    library.semipd_step_end.restype = None
     return library
+
+
+TILES, FLOATS, QUANTIZED = range(3)  # kinds of linear layers (csrc/linear.h)
+_LINEAR = (
+    *((name, _LONG) for name in ("kind", "level", "inputs", "outputs", "pairs", "gated")),
+    ("weight", _POINTER),
+    ("bias", _POINTER),
+)
 
 
 class LinearShape(ctypes.Structure):
     """`Linear` of csrc/linear.h."""
 
-    _fields_ = (
-        *((name, _LONG) for name in ("inputs", "outputs", "pairs", "gated")),
-        ("weight", _POINTER),
-        ("bias", _POINTER),
-    )
+    _fields_ = _LINEAR
 
 
 class QuantizedShape(ctypes.Structure):
     """`Quantized` of csrc/quantized.h, which begins with a `Linear`."""
 
     _fields_ = (
-        *((name, _LONG) for name in ("ignored_inputs", "outputs", "pairs", "gated")),
-        ("ignored_weight", _POINTER),
-        ("bias", _POINTER),
-        *((name, _LONG) for name in ("level", "bits", "inputs", "group", "zero")),
+        *((f"outline_{name}", kind) for name, kind in _LINEAR),
+        *((name, _LONG) for name in ("bits", "inputs", "group", "zero")),
         ("weight", _POINTER),
         ("scale", _POINTER),
         ("zeros", _POINTER),

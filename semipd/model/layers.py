@@ -36,6 +36,21 @@ class Kind:
     gated: Callable[..., Compute]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer's parameters. The norms of queries and keys exist in some families only."""
+
+    qkv: Compute
+    output: Compute
+    gate_up: Compute
+    down: Compute
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    window: int | None
+
+
 class PlainLinear:
     """The twin that any torch can run."""
 

@@ -7,7 +7,6 @@ Activations are rounded to 8 bits by the same groups, so sums within a group are
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as functional
 
-from semipd.model.compiled import PAIR, interleaved, padded_to
-from semipd.model.kernels import AVX512_BF16, Kernels, QuantizedShape
+from semipd.model.compiled import PAIR, Native, interleaved, padded_to
+from semipd.model.kernels import AVX512_BF16, QUANTIZED, Kernels, QuantizedShape
 from semipd.model.layers import Compute, Kind
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def multiply_plainly(x: torch.Tensor, matrix: Quantized, bias: torch.Tensor | No
     return out if bias is None else out + bias.double()
 
 
-class QuantizedLinear:
+class QuantizedLinear(Native):
     """x bfloat16 [rows, inputs] -> x W + b."""
 
     def __init__(self, kernels: Kernels, matrix: Quantized, bias: torch.Tensor | None) -> None:
@@ -113,43 +112,27 @@ class QuantizedLinear:
     def _set(
         self, kernels: Kernels, outputs: int, matrix: Quantized, bias: torch.Tensor | None, gated: bool
     ) -> None:
-        self.outputs = outputs
-        self._inputs = matrix.shape[1]  # before padding
+        inputs = matrix.shape[1]  # before padding
         group = -(-matrix.group // 32) * 32 if matrix.scale.shape[1] == 1 else matrix.group
         self._width, self._groups = group * matrix.scale.shape[1], matrix.scale.shape[1]
-        self._weight = _pack(functional.pad(matrix.values, (0, self._width - self._inputs)), matrix.bits)
+        self._weight = _pack(functional.pad(matrix.values, (0, self._width - inputs)), matrix.bits)
         self._scale = _by_pair(matrix.scale)
         self._zeros = _by_pair(matrix.zero) if isinstance(matrix.zero, torch.Tensor) else None
         self._bias = None if bias is None else bias.float().contiguous()
         pairs = matrix.shape[0] // PAIR
         bias_at = None if self._bias is None else self._bias.data_ptr()
-        self._shape = QuantizedShape(
-            *(0, outputs, pairs, gated, None, bias_at),
-            *(kernels.level, matrix.bits, self._width, group),
+        shape = QuantizedShape(
+            *(QUANTIZED, kernels.level, inputs, outputs, pairs, gated, None, bias_at),
+            *(matrix.bits, self._width, group),
             matrix.zero if isinstance(matrix.zero, int) else 0,
             self._weight.data_ptr(),
             self._scale.data_ptr(),
             None if self._zeros is None else self._zeros.data_ptr(),
         )
-        self._pointer = ctypes.byref(self._shape)
-        self._call = kernels.library.semipd_quantized_linear
+        super().__init__(kernels, shape, outputs)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.shape[0]
-        out = x.new_empty((rows, self.outputs))
-        room = rows * (self._width + 8 * self._groups) + torch.get_num_threads() * self._width * PAIR
-        scratch = torch.empty(room, dtype=torch.uint8)
-        self._call(
-            self._pointer,
-            x.data_ptr(),
-            x.stride(0),
-            self._inputs,
-            rows,
-            out.data_ptr(),
-            self.outputs,
-            scratch.data_ptr(),
-        )
-        return out
+    def scratch_bytes(self, rows: int, threads: int) -> int:
+        return rows * (self._width + 8 * self._groups) + threads * self._width * PAIR
 
 
 class QuantizedGated(QuantizedLinear):

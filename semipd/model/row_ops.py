@@ -112,6 +112,7 @@ class CompiledRowOps:
     def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
         self._norm = kernels.library.semipd_norm
         self._rotate = kernels.library.semipd_rotate
+        self._angles = kernels.library.semipd_angles
         self._level, self._half = kernels.level, int(dtype == torch.bfloat16)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -141,9 +142,19 @@ class CompiledRowOps:
     def rotations(
         self, positions: torch.Tensor, frequencies: torch.Tensor, factor: float, where: torch.Tensor
     ) -> Rotations:
-        cosine, sine = rope_tables(positions, frequencies, factor, torch.float32)
-        half = frequencies.shape[0]
-        return Rotations(cosine[:, 0, :half].contiguous(), sine[:, 0, half:].contiguous(), where)
+        positions = positions.contiguous()
+        rows, pairs = positions.shape[0], frequencies.shape[0]
+        cosine, sine = torch.empty(2, rows, pairs)
+        self._angles(
+            positions.data_ptr(),
+            rows,
+            frequencies.data_ptr(),
+            pairs,
+            factor,
+            cosine.data_ptr(),
+            sine.data_ptr(),
+        )
+        return Rotations(cosine, sine, where)
 
     def rotate_and_store(
         self,

@@ -12,6 +12,7 @@ from semipd.core.types import BlockAppend, Sampling, Slice
 from semipd.execute.runner import Runner
 from semipd.execute.storage import SlotTable
 from semipd.model.dense import DenseModel, StepInputs
+from semipd.model.step import DecodeStep
 
 
 class Recorder:
@@ -26,13 +27,36 @@ class Recorder:
         self.logits = self.model.forward(inputs, kv, boundary)
         return self.logits.clone()  # the sampler may overwrite what it is given
 
+    def decode_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> Any:
+        step = self.model.decode_step(kv, tokens, tables)
+        return None if step is None else _RecordedStep(self, step)
+
+
+class _RecordedStep:
+    """A `DecodeStep` that hands its logits to a recorder."""
+
+    def __init__(self, recorder: Recorder, step: DecodeStep) -> None:
+        self._recorder, self._step = recorder, step
+        self.logits = step.logits
+
+    def run(self, slots: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+        result = self._step.run(slots, *rest)
+        self._recorder.logits = self._step.logits(np.arange(len(slots)))
+        return result
+
 
 class Bench:
     """A runner with storage of its own. Block tables are scattered, and the pool starts out full of a value
     that would show if it were read."""
 
     def __init__(
-        self, model: DenseModel, slots: int = 4, length: int = 400, block_size: int = 8, seed: int = 0
+        self,
+        model: DenseModel,
+        slots: int = 4,
+        length: int = 400,
+        block_size: int = 8,
+        seed: int = 0,
+        fused: bool = True,
     ) -> None:
         self.recorder = Recorder(model)
         self.table = SlotTable(
@@ -41,7 +65,7 @@ class Bench:
         each = self.table.blocks.shape[1]
         self.kv = torch.full(model.kv_shape(slots * each, block_size), 7.0, dtype=model.dtype)
         self.order = np.random.default_rng(seed).permutation(slots * each).reshape(slots, each)
-        self.runner = Runner(self.recorder, self.table, self.kv)  # type: ignore[arg-type]
+        self.runner = Runner(self.recorder, self.table, self.kv, fused)  # type: ignore[arg-type]
 
     def open(self, slot: int, tokens: Sequence[int], **sampling: Any) -> None:
         self.table.open(slot, tokens, Sampling(**sampling))
