@@ -96,8 +96,18 @@ def fixed_ways(case: Case) -> Iterator[tuple[str, Settings]]:
 
 
 def ways(case: Case) -> dict[str, Settings]:
-    """Every way by name: the fixed ones and auto."""
-    return dict(fixed_ways(case)) | {"auto": {"split": "auto"}}
+    """Every way by name: the fixed ones, auto, and both in the order of prompts that is the other's."""
+    fixed = dict(fixed_ways(case))
+    auto: dict[str, Settings] = {
+        "auto": {"split": "auto"},
+        f"auto{ARRIVAL}": {"split": "auto", "prompt_order": "fcfs"},
+    }
+    ordered = {
+        f"{way}{SHORTEST}": settings | {"prompt_order": "shortest"}
+        for way, settings in fixed.items()
+        if not way.startswith("disaggregated")
+    }
+    return fixed | auto | ordered
 
 
 def policy_of(case: Case, slo: str, way: str) -> PolicyConfig:
