@@ -20,6 +20,7 @@ POLICIES = ("semi-pd", "prefill-first", "chunked", "disaggregated")
 PROMPT_ORDERS = ("fcfs", "shortest")
 ADMISSIONS = ("aggressive", "conservative", "past-future")
 DTYPES = ("auto", "bfloat16", "float32")
+ATTENTION_BACKENDS = ("triton", "flashinfer")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("none", "int8", "int4")
@@ -95,6 +96,12 @@ class ModelConfig:
     dtype: str = _setting("auto", "arithmetic and KV cache", "choice", choices=DTYPES)
     device: str = _setting(
         "auto", "where to run (auto: the GPU where there is one)", "choice", choices=DEVICES
+    )
+    attention_backend: str = _setting(
+        "triton",
+        "attention kernels on a GPU (flashinfer: 0.7, installed by you)",
+        "choice",
+        choices=ATTENTION_BACKENDS,
     )
     load_format: str = _setting(
         "auto", "dummy: random weights in the model's shape", "choice", choices=LOAD_FORMATS

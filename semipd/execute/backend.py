@@ -106,6 +106,10 @@ class Backend(Protocol):
         """Kernels for one lane with at most `rows` slices of one position in a step."""
         ...
 
+    def settle(self) -> None:
+        """Wait until the device has done all that was launched on any stream. Not while requests run."""
+        ...
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes."""
         ...

@@ -134,6 +134,7 @@ class CudaExecutor:
         with torch.inference_mode():
             for layer in kv:
                 layer.normal_(0.0, 0.5, generator=generator)
+        self._backend.settle()
 
     # -- within ------------------------------------------------------------------------------------
 
@@ -226,6 +227,8 @@ class CudaExecutor:
                 self._replay(state, flight, packed, graph)
                 return
         step, write = storage.step(packed, backend)
+        if state.ops.plans:
+            state.ops.plan(storage.outline(packed.slots, packed.starts, packed.counts))
         yield from self._model.launch(step, state.buffers, storage.kv, state.ops, lambda: _units(state))
         if write.shape[0]:
             logits = state.buffers.logits[: write.shape[0]]

@@ -19,6 +19,7 @@ from semipd.core.errors import ConfigError
 from semipd.core.types import Lane
 from semipd.execute.backend import Pair, Side
 from semipd.execute.cuda_driver import CannotPartition, GreenContexts
+from semipd.model.attention_flashinfer import FlashInferOps, load_flashinfer
 from semipd.model.device_model import DeviceModel
 from semipd.model.ops import Ops
 
@@ -55,7 +56,8 @@ class CudaReading:
 class CudaBackend:
     """GPU number `ordinal` of those that this process sees. Raises ConfigError when it cannot be used."""
 
-    def __init__(self, ordinal: int = 0, partitioned: bool = True) -> None:
+    def __init__(self, ordinal: int = 0, partitioned: bool = True, attention: str = "triton") -> None:
+        """attention: triton or flashinfer."""
         # Before the driver starts: with fewer hardware queues than streams, one lane's launches may queue
         # up behind the other's.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -74,7 +76,7 @@ class CudaBackend:
         self.name: str = properties.name
         self.units: int = properties.multi_processor_count
         self.device = torch.device("cuda", ordinal)
-        self._partitioned = partitioned
+        self._partitioned, self._attention = partitioned, attention
         self._contexts: GreenContexts | None = None
         self._graph_pool = torch.cuda.graph_pool_handle()
 
@@ -168,7 +170,24 @@ class CudaBackend:
         # Here, since Triton is not installed beside a CPU's torch.
         from semipd.model.ops_triton import TritonOps
 
-        return TritonOps(self.device, rows, model.heads, self.units)
+        made: Ops = TritonOps(self.device, rows, model.heads, self.units)
+        if self._attention == "flashinfer":
+            library = load_flashinfer(model.dtype, model.heads.dim)
+            windows = [layer.window for layer in model.layers]
+            made = FlashInferOps(
+                made, library, model.heads, windows, model.dtype, self.device, self.upload, self._mark
+            )
+        return made
+
+    def _mark(self) -> Callable[[], None]:
+        """Take note of this point of the current stream; the result waits for it."""
+        event = torch.cuda.Event()
+        event.record()
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     def memory(self) -> tuple[int, int]:
         gc.collect()

@@ -36,9 +36,9 @@ def buckets(batch: int) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Graph:
     """A captured step of `rows` rows. inputs: int64 on the device; padding: int64 [5, rows or one more],
-    what goes there for rows that compute nothing of use: slots, positions, where the ids go in the flat token
-    table, places in the flat block tables, and the blocks that go there. write: the third of these on the
-    device; ids: int64 [rows]."""
+    what goes there for rows that compute nothing of use: slots, positions, where the ids go in the flat
+    token table, places in the flat block tables, and the blocks that go there. write: the third of these on
+    the device; ids: int64 [rows]."""
 
     rows: int
     inputs: torch.Tensor
@@ -111,7 +111,7 @@ class DecodeGraphs:
         New blocks travel in the graph's own inputs, prompts (and more blocks than rows) before it."""
         values = graph.padding.copy()
         rows, added = packed.rows, len(packed.where)
-        if packed.opened or added > graph.rows:
+        if packed.opened or added > graph.rows or (added and self._ops.plans):
             self._storage.update(packed, self._backend)
             added = 0
         values[0, :rows] = packed.slots
@@ -120,8 +120,15 @@ class DecodeGraphs:
         if added:
             values[3, :added] = packed.where
             values[4, :added] = packed.blocks
+        self._plan(values[:, : graph.rows])
         self._backend.upload_into(graph.inputs, values.reshape(-1))
         graph.replay()
+
+    def _plan(self, values: np.ndarray) -> None:
+        """values: as `Graph.padding`, without what only fills up."""
+        if self._ops.plans:
+            slots, starts = values[:2]
+            self._ops.plan(self._storage.outline(slots, starts, np.ones_like(slots), graph=True))
 
     def _padding(self, rows: int) -> np.ndarray:
         """`Graph.padding`. Each of the five begins at a multiple of 16 bytes, so that kernels compiled for
@@ -156,6 +163,7 @@ class DecodeGraphs:
                 storage.put(write, ids)
 
         with torch.inference_mode(), self._backend.on(side):
+            self._plan(padding[:, :rows])
             self._backend.upload_into(inputs, padding.reshape(-1))
             launch()  # compiles kernels and makes cuBLAS take its workspace outside the graph
         return Graph(rows, inputs, padding, write, ids, self._backend.capture(side, launch))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from semipd.execute.cuda_graphs import MOST_SIDES, DecodeGraphs, buckets
 from semipd.execute.cuda_lane import LaneState
 from semipd.execute.cuda_partition import Placement
 from semipd.execute.device_storage import DeviceStorage
-from semipd.model.device_model import DeviceModel, load_device_model
+from semipd.model.device_model import DeviceModel, buffer_bytes, load_device_model
 from semipd.model.ops import TILE, DeviceStep
 from semipd.model.spec import ModelSpec, load_spec
 
@@ -47,11 +48,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Started:
-    """An executor, and the sizes that it has."""
+    """An executor, and the sizes that it has. costs: what its start took, seconds and bytes of the device's
+    memory by name."""
 
     executor: CudaExecutor
     blocks: int
     max_length: int
+    costs: Mapping[str, float]
 
 
 def start_cuda(
@@ -69,6 +72,7 @@ def start_cuda(
     captured graphs, 0 for none. Raises ConfigError with what was needed when memory does not suffice."""
     spec = load_spec(os.fspath(folder))
     with _memory_errors(backend, spec):
+        _check_memory(backend, spec, shape, dtype)
         model = load_device_model(
             os.fspath(folder),
             str(backend.device),
@@ -81,27 +85,67 @@ def start_cuda(
         most_rows = states[0].buffers.hidden.shape[0]
         blocks, max_length = _pool(backend, model, shape)
         storage = DeviceStorage(backend, model, shape.slots, max_length, blocks, shape.block_size)
+        backend.settle()  # what was made so far was filled on another stream than those that read it
+        costs = _Costs(backend)
         placement = Placement(
             {lane: backend.whole(lane) for lane in LANES}, backend.partition(), backend.units
         )
+        costs.note("partitions")
         decode = next(state for state in states if state.lane is Lane.DECODE)
         graphs = DecodeGraphs(
             backend, model, storage, decode.buffers, decode.ops, shape.slots, GRAPH_BYTES, graph_sides
         )
         for state in states:
             _warm(backend, model, storage, state, placement.sides(state.lane))
+        costs.note("warming")
         graphs.capture_all(_spread(placement.sides(Lane.DECODE), graph_sides))
+        costs.note("graphs")
     _announce(backend, placement, blocks * shape.block_size, graphs)
     executor = CudaExecutor(
         backend, model, storage, placement, states, graphs, most_rows=most_rows, depth=depth
     )
-    return Started(executor, blocks, max_length)
+    return Started(executor, blocks, max_length, costs.found)
+
+
+class _Costs:
+    """Notes the time and the memory that a part of the start took, since the part before it."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.found: dict[str, float] = {}
+        self._free, self._begin = backend.memory()[0], time.perf_counter()
+
+    def note(self, part: str) -> None:
+        free, now = self._backend.memory()[0], time.perf_counter()
+        self.found[f"{part}_seconds"] = now - self._begin
+        self.found[f"{part}_bytes"] = float(self._free - free)
+        self._free, self._begin = free, now
+
+
+def _check_memory(backend: Backend, spec: ModelSpec, shape: Shape, dtype: str) -> None:
+    """Refuse, before anything is read, what the device cannot hold. Raises ConfigError."""
+    itemsize = 4 if (spec.dtype if dtype == "auto" else dtype) == "float32" else 2
+    rows, samples = _heights(shape)
+    weights = spec.weight_bytes(itemsize)
+    buffers = len(LANES) * buffer_bytes(spec, itemsize, rows, samples)
+    free, total = backend.memory()
+    if weights + buffers > free:
+        raise ConfigError(
+            f"out of GPU memory: the weights need {weights / GIB:.2f} GiB and the buffers of both lanes "
+            f"{buffers / GIB:.2f}; {free / GIB:.2f} of {total / GIB:.1f} GiB are free; use a smaller "
+            "model, or lower --max-num-seqs (and --chunk-tokens)"
+        )
+
+
+def _heights(shape: Shape) -> tuple[int, int]:
+    """(rows, samples) of a lane's buffers, enough for the largest graph too."""
+    samples = max(buckets(shape.slots)[-1], shape.slots)
+    return max(shape.most_rows, samples), samples
 
 
 def _lanes(backend: Backend, model: DeviceModel, shape: Shape) -> list[LaneState]:
-    """Both lanes with their buffers, large enough for the largest graph too."""
-    samples = max(buckets(shape.slots)[-1], shape.slots)
-    rows = max(shape.most_rows, samples)
+    """Both lanes with their buffers."""
+    rows, samples = _heights(shape)
     return [
         LaneState(lane, model.buffers(rows, samples), backend.ops(model, samples), model.spec.layers)
         for lane in LANES
@@ -172,12 +216,20 @@ def _warm(
     for side, alone, tiled in work:
         with torch.inference_mode(), backend.on(side):
             step = _scratch_step(backend, storage, alone, min(tiled, TILE))
+            _plan_scratch(storage, state, alone, min(tiled, TILE))
             units = partial(getattr, side, "units")
             for _ in model.launch(step, state.buffers, storage.kv, state.ops, units):
                 pass
         event = backend.record(side)
         while not event.done():
             backend.rest(threading.Event(), 1e-3)
+
+
+def _plan_scratch(storage: DeviceStorage, state: LaneState, alone: int, tiled: int) -> None:
+    """`Ops.plan` for `_scratch_step`."""
+    if state.ops.plans:
+        counts = np.array([1] * alone + [tiled] * bool(tiled), np.int64)
+        state.ops.plan(storage.outline(np.full_like(counts, storage.scratch), 0 * counts, counts))
 
 
 def _scratch_step(backend: Backend, storage: DeviceStorage, alone: int, tiled: int) -> DeviceStep:

@@ -18,17 +18,17 @@ from semipd.core.types import Batch, Sampling, Slice
 from semipd.execute.backend import Backend
 from semipd.execute.storage import SlotTable
 from semipd.model.device_model import DeviceModel
-from semipd.model.ops import TILE, DeviceStep
+from semipd.model.ops import TILE, DeviceStep, Outline
 from semipd.model.sampler_device import DeviceRules
 
 
 @dataclass(frozen=True)
 class Packed:
     """A checked batch, still on the host. slots, starts, counts: int64 [slices]; wanted: bool [slices],
-    those with a sampled token. write: int64, where in the flat token table the sampled ids go. where, blocks:
-    int64, places in the flat block tables and what goes there. opened: (slot, tokens) of each prompt that
-    travels with it; prompts: their tokens, one after another. decode_only: every slice is one position with
-    a sampled token, which is what a captured graph computes."""
+    those with a sampled token. write: int64, where in the flat token table the sampled ids go. where and
+    blocks: int64, places in the flat block tables and what goes there. opened: (slot, tokens) of each
+    prompt that travels with it; prompts: their tokens, one after another. decode_only: every slice is one
+    position with a sampled token, which is what a captured graph computes."""
 
     slots: np.ndarray
     starts: np.ndarray
@@ -161,6 +161,12 @@ class DeviceStorage:
         )
         return step, sent[5]
 
+    def outline(
+        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, graph: bool = False
+    ) -> Outline:
+        """What the host tells kernels that plan ahead."""
+        return Outline(slots, starts, counts, self.tables, self.table.block_size, graph)
+
     def update(self, packed: Packed, backend: Backend) -> None:
         """Send and apply only the blocks and prompts that travel with a batch, on the current stream."""
         self._apply(packed, *_send(backend, (packed.where, packed.blocks, packed.prompts)))
@@ -260,7 +266,7 @@ def _send(backend: Backend, parts: Sequence[np.ndarray]) -> list[torch.Tensor]:
     for part, size, place in zip(parts, sizes, places, strict=True):
         values[at : at + size] = part
         at += place
-    sent = backend.upload(values).split(places)
+    sent: tuple[torch.Tensor, ...] = torch.split(backend.upload(values), places)
     return [part[:size] for part, size in zip(sent, sizes, strict=True)]
 
 

@@ -119,14 +119,6 @@ class DeviceModel:
             logits=make(samples, spec.vocabulary),
         )
 
-    def buffer_bytes(self, rows: int, samples: int) -> int:
-        """What `buffers` will take."""
-        spec = self.spec
-        mixed = spec.heads * spec.head_dim
-        wide = 3 * spec.hidden + spec.qkv_rows + mixed + 3 * spec.intermediate
-        last = spec.hidden + mixed + spec.vocabulary
-        return self.dtype.itemsize * (rows * wide + samples * last)
-
     def launch(
         self, step: DeviceStep, buffers: Buffers, kv: torch.Tensor, ops: Ops, units: Callable[[], int]
     ) -> Iterator[None]:
@@ -181,6 +173,14 @@ class DeviceModel:
         ops.gated(buffers.gate_up[:rows], gated)
         layer.down.into(delta, gated)
         ops.add_norm(hidden, delta, following, eps, normed)
+
+
+def buffer_bytes(spec: ModelSpec, itemsize: int, rows: int, samples: int) -> int:
+    """What `DeviceModel.buffers` will take, with values of so many bytes."""
+    mixed = spec.heads * spec.head_dim
+    wide = 3 * spec.hidden + spec.qkv_rows + mixed + 3 * spec.intermediate
+    last = spec.hidden + mixed + spec.vocabulary
+    return itemsize * (rows * wide + samples * last)
 
 
 def load_device_model(

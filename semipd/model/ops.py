@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
 
@@ -39,6 +40,19 @@ class DeviceStep:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What the host knows of a step: its slices, int64 [n] each on the host; the block tables on the device
+    and the positions of a block. graph: a captured graph of n rows runs it."""
+
+    slots: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    tables: torch.Tensor
+    block_size: int
+    graph: bool = False
+
+
+@dataclass(frozen=True)
 class Heads:
     """How a row of queries, keys and values is laid out: `query` heads, then `kv` keys, then `kv` values,
     each `dim` wide. query_norm, key_norm: weights [dim] of the norms of some families, else None."""
@@ -57,6 +71,16 @@ TILE = 128  # most query rows of a prefill tile
 class Ops(Protocol):
     """Every method writes its last argument(s) and returns nothing. Activations are [rows, width] in the
     model's dtype, contiguous; arithmetic is float32."""
+
+    @property
+    def plans(self) -> bool:
+        """Whether `plan` has to be called."""
+        ...
+
+    def plan(self, outline: Outline) -> None:
+        """Called on the host before the first launch of every step, and before each replay of a captured
+        one, on the step's stream, when the block tables are up to date there. Writes no argument."""
+        ...
 
     def embed(self, step: DeviceStep, table: torch.Tensor, out: torch.Tensor) -> None:
         """out [T, hidden] = table[token of each row]."""
@@ -107,6 +131,11 @@ class Ops(Protocol):
 
 class PlainOps:
     """The twin that any torch can run: slow, and it reads sizes back from the device."""
+
+    plans = False
+
+    def plan(self, outline: Outline) -> None:
+        """Nothing to prepare."""
 
     def embed(self, step: DeviceStep, table: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(functional.embedding(step.tokens[step.row_slots, step.positions], table))

@@ -12,7 +12,7 @@ import triton
 
 from semipd.model import attention_triton as attention
 from semipd.model import layers_triton as layers
-from semipd.model.ops import TILE, DeviceStep, Heads
+from semipd.model.ops import TILE, DeviceStep, Heads, Outline
 
 PROGRAMS_PER_UNIT = 16  # decode splits contexts until there are about this many programs per SM
 MOST_SPLITS = 64
@@ -26,6 +26,8 @@ class TritonOps:
 
     Holds the scratch memory of split decode, so it belongs to one lane: two streams must not share it."""
 
+    plans = False
+
     def __init__(self, device: torch.device, rows: int, heads: Heads, units: int) -> None:
         self._cast = os.environ.get("TRITON_INTERPRET") == "1"
         self._units = units  # the scratch memory below is enough for this many, and no more
@@ -33,6 +35,9 @@ class TritonOps:
         self._sums = torch.empty(cells * heads.query * heads.dim, dtype=torch.float32, device=device)
         self._totals = torch.empty(cells * heads.query, dtype=torch.float32, device=device)
         self._maxima = torch.empty_like(self._totals)
+
+    def plan(self, outline: Outline) -> None:
+        """Nothing to prepare: the kernels find everything on the device."""
 
     def embed(self, step: DeviceStep, table: torch.Tensor, out: torch.Tensor) -> None:
         width = table.shape[1]

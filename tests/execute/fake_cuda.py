@@ -18,7 +18,7 @@ import torch
 from semipd.core.types import Lane
 from semipd.execute.backend import Pair, Side
 from semipd.model.device_model import DeviceModel
-from semipd.model.ops import PlainOps
+from semipd.model.ops import Ops, PlainOps
 
 PACE = 2e-3  # unit-seconds of one row in one layer
 UNITS = 132
@@ -95,6 +95,7 @@ class FakeBackend:
     spans: list[Span] = field(default_factory=list)
     captures: list[Side] = field(default_factory=list)
     replays: int = 0
+    settled: int = 0
     poison: BaseException | None = None
     broken: BaseException | None = None
     closed: bool = False
@@ -165,8 +166,11 @@ class FakeBackend:
 
         return replay
 
-    def ops(self, model: DeviceModel, rows: int) -> PlainOps:
+    def ops(self, model: DeviceModel, rows: int) -> Ops:
         return SpendingOps(self)
+
+    def settle(self) -> None:
+        self.settled += 1
 
     def memory(self) -> tuple[int, int]:
         return self.free, 2**34

@@ -41,7 +41,7 @@ def test_auto_is_the_gpu_where_there_is_one(checkpoint: Path, monkeypatch: pytes
 
 def test_settings_reach_the_executor(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = FakeBackend(step=40)
-    monkeypatch.setattr(cuda_backend, "CudaBackend", lambda: backend)
+    monkeypatch.setattr(cuda_backend, "CudaBackend", lambda **_: backend)
     engine = build.build_engine(settings(checkpoint, kv_blocks=64, split="static:92,40"))
     executor = engine.executor
     assert isinstance(executor, CudaExecutor)
@@ -50,11 +50,26 @@ def test_settings_reach_the_executor(checkpoint: Path, monkeypatch: pytest.Monke
     executor.close()
 
 
+def test_attention_s_kernels_are_a_setting(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def make(attention: str) -> FakeBackend:
+        asked.append(attention)
+        return FakeBackend(step=40)
+
+    monkeypatch.setattr(cuda_backend, "CudaBackend", make)
+    for name in ("triton", "flashinfer"):
+        build.build_engine(settings(checkpoint, kv_blocks=64, attention_backend=name)).executor.close()
+    assert asked == ["triton", "flashinfer"]
+    with pytest.raises(ConfigError, match="--attention-backend is for the GPU"):
+        build.resolve(settings(checkpoint, device="cpu", attention_backend="flashinfer"))
+
+
 def test_a_split_that_the_card_cannot_have_gives_it_back(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = FakeBackend(step=40)
-    monkeypatch.setattr(cuda_backend, "CudaBackend", lambda: backend)
+    monkeypatch.setattr(cuda_backend, "CudaBackend", lambda **_: backend)
     with pytest.raises(ConfigError, match="does not fit 132 SMs"):
         build.build_engine(settings(checkpoint, split="static:92,400", kv_blocks=64))
     assert backend.closed
@@ -62,7 +77,7 @@ def test_a_split_that_the_card_cannot_have_gives_it_back(
 
 def test_a_card_without_partitions_is_shared(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default split is the middle one of those that the device has: here it has none."""
-    monkeypatch.setattr(cuda_backend, "CudaBackend", lambda: FakeBackend(parts=False))
+    monkeypatch.setattr(cuda_backend, "CudaBackend", lambda **_: FakeBackend(parts=False))
     engine = build.build_engine(settings(checkpoint, kv_blocks=64))
     assert engine.executor.device.legal_splits == ()
     engine.executor.close()

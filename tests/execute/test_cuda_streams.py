@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import semipd.execute.cuda_start as cuda_start
 from semipd.core.errors import ConfigError
 from semipd.core.ports import ExecutorLost
 from semipd.core.types import Batch, BlockAppend, Lane, Sampling, Slice, Split
@@ -361,6 +362,41 @@ class TestMemory:
         with pytest.raises(ConfigError, match=r"needs 0\.00 GiB for 1024 tokens.*lower --max-model-len"):
             Bench(checkpoint, backend=backend)
         assert backend.closed
+
+    def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With what they need, what there is, and what to lower."""
+        monkeypatch.setattr(cuda_start, "load_device_model", None)
+        backend = FakeBackend(free=2**18)
+        with pytest.raises(
+            ConfigError, match=r"weights need 0\.00 GiB and .* 0\.00 of 16\.0 GiB are free.*lower"
+        ):
+            Bench(checkpoint, backend=backend)
+        assert backend.closed
+
+    def test_a_buffer_that_does_not_fit_says_what_to_lower(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Memory that runs out between two looks at what is free: the allocator's error."""
+
+        def full(*_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        monkeypatch.setattr(cuda_start, "_lanes", full)
+        backend = FakeBackend()
+        with pytest.raises(
+            ConfigError, match=r"out of GPU memory: the weights take .* lower --max-num-seqs"
+        ):
+            Bench(checkpoint, backend=backend)
+        assert backend.closed
+
+    def test_what_other_streams_read_is_there_first(self, checkpoint: Path) -> None:
+        """Weights and the pool are filled on the default stream, which no stream of ours waits for."""
+        bench = Bench(checkpoint)
+        assert bench.backend.settled == 1
+        bench.executor.fill_with_noise()
+        assert bench.backend.settled == 2
 
     def test_without_a_stated_pool_all_that_is_left_becomes_it(self, checkpoint: Path) -> None:
         free = int(2**34 * 0.1) + 2**30 + 2**21
