@@ -1,4 +1,5 @@
-"""Greedy tokens of the whole engine against transformers, whatever the policy, split, chunk or pool size.
+"""Greedy tokens of the whole engine against transformers: every family under every policy, split, chunk
+and pool size.
 
 The two may part only where the two best logits lie within `CLOSE`: there rounding decides. From such a
 point on the sequences are different texts, so the comparison of that request ends there.
@@ -6,7 +7,8 @@ point on the sequences are different texts, so the comparison of that request en
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +17,84 @@ import torch
 import transformers
 
 from semipd import LLM, SamplingParams
+from semipd.execute.cores import available_cores
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
+from tests.one_executor import OneModel
 
 CLOSE = 1e-4
 TOKENS = 24
-LENGTHS = (1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 171, 256, 333)
+LENGTHS = (100, 1, 171, 2, 64, 3, 333, 5, 16, 256, 15, 33, 17)  # what fits a small pool is no sorted list
 
+# Odd numbers of heads, one KV head, heads that do not divide the hidden size, tied and not.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "num_attention_heads": 3, "num_key_value_heads": 1},
     "llama3": {"family": "llama", "rope_parameters": LLAMA3_ROPE, "tied": True},
-    "qwen2": {"family": "qwen2", "head_dim": 12, "num_attention_heads": 4},
-    "qwen3": {"family": "qwen3", "head_dim": 32, "num_key_value_heads": 1, "tied": True},
-    "mistral": {"family": "mistral", "sliding_window": 40},
+    "qwen2": {"family": "qwen2", "num_attention_heads": 7, "num_key_value_heads": 1, "tied": True},
+    "qwen3": {"family": "qwen3", "head_dim": 32, "num_key_value_heads": 1},
+    "mistral": {
+        "family": "mistral",
+        "sliding_window": 17,
+        "head_dim": 20,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+    },
+}
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama, tied": {
+        "family": "llama",
+        "head_dim": 24,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "tied": True,
+    },
+    "llama3, one KV head": {"family": "llama", "rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 1},
+    "qwen2, untied": {"family": "qwen2", "head_dim": 12},
+    "qwen2, window in some layers": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 1,
+    },
+    "qwen3, tied": {
+        "family": "qwen3",
+        "head_dim": 40,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "tied": True,
+    },
+    "mistral, tied": {"family": "mistral", "sliding_window": 40, "num_key_value_heads": 1, "tied": True},
+    "mistral, no window": {"family": "mistral", "sliding_window": None},
 }
 
 # A pool of little more than the longest sequence, in small blocks: what was admitted outgrows it.
+SMALL: dict[str, Any] = {"block_size": 3, "kv_blocks": 120}
+TARGETS: dict[str, Any] = {"ttft_slo": 0.05, "tpot_slo": 0.002}
 WAYS: dict[str, dict[str, Any]] = {
-    "semi-pd": {"policy": "semi-pd", "kv_blocks": 512},
-    "shared": {"policy": "semi-pd", "split": "shared", "kv_blocks": 512},
-    "auto": {"policy": "semi-pd", "split": "auto", "kv_blocks": 512},
-    "targets": {"ttft_slo": 0.05, "tpot_slo": 0.002, "kv_blocks": 512},
-    "prefill-first": {"policy": "prefill-first", "kv_blocks": 512},
-    "chunked-16": {"policy": "chunked", "chunk_tokens": 16, "kv_blocks": 512},
-    "chunked-100": {"policy": "chunked", "chunk_tokens": 100, "kv_blocks": 512},
-    "no prefix cache": {"policy": "semi-pd", "prefix_cache": False, "kv_blocks": 512},
-    "small blocks": {"policy": "semi-pd", "block_size": 3, "kv_blocks": 1000},
-    "preempted": {"policy": "semi-pd", "block_size": 4, "kv_blocks": 104},
-    "preempted, auto": {"split": "auto", "tpot_slo": 0.01, "block_size": 4, "kv_blocks": 104},
-    "preempted, chunked": {"policy": "chunked", "chunk_tokens": 64, "block_size": 4, "kv_blocks": 104},
+    "semi-pd": {"policy": "semi-pd"},
+    "static:1,1": {"split": "static:1,1"},
+    "static:2,1": {"split": "static:2,1"},
+    "static:1,2": {"split": "static:1,2"},
+    "shared": {"split": "shared"},
+    "paper": {"split": "paper", **TARGETS},
+    "auto": {"split": "auto"},
+    "targets": TARGETS,
+    "prefill-first": {"policy": "prefill-first"},
+    "chunked-7": {"policy": "chunked", "chunk_tokens": 7},
+    "chunked-16": {"policy": "chunked", "chunk_tokens": 16},
+    "chunked-100": {"policy": "chunked", "chunk_tokens": 100},
+    "chunked-256": {"policy": "chunked"},
+    "chunked-64, pieces of 24": {"policy": "chunked", "chunk_tokens": 64, "long_prompt_threshold": 24},
+    "no prefix cache": {"prefix_cache": False},
+    "small blocks": {"block_size": 3},
+    "conservative": {"admission": "conservative", **SMALL},
+    "past-future": {"admission": "past-future"},
+    "preempted": SMALL,
+    "preempted, shared": {"split": "shared", **SMALL},
+    "preempted, auto": {"split": "auto", "tpot_slo": 0.01, **SMALL},
+    "preempted, prefill-first": {"policy": "prefill-first", **SMALL},
+    "preempted, chunked": {"policy": "chunked", "chunk_tokens": 64, **SMALL},
+    "preempted, no prefix cache": {"prefix_cache": False, **SMALL},
 }
-
-EVERY_WAY = [("llama3", way) for way in WAYS]
-EVERY_FAMILY = [(family, way) for family in FAMILIES for way in ("semi-pd", "preempted")]
 
 
 def some_prompts() -> list[list[int]]:
@@ -82,43 +130,48 @@ def reference(folder: Path) -> Reference:
     return found
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Reference]]:
-    made: dict[str, tuple[Path, Reference]] = {}
-
-    def get(name: str) -> tuple[Path, Reference]:
-        if name not in made:
-            folder = make_checkpoint(tmp_path_factory.mktemp(name), **FAMILIES[name])
-            made[name] = (folder, reference(folder))
-        return made[name]
-
-    return get
-
-
-@pytest.mark.parametrize(("family", "way"), list(dict.fromkeys(EVERY_WAY + EVERY_FAMILY)))
-def test_greedy_tokens_equal(
-    family: str, way: str, checkpoint: Callable[[str], tuple[Path, Reference]]
-) -> None:
-    folder, wanted = checkpoint(family)
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    with LLM(str(folder), dtype="float32", max_model_len=400, **WAYS[way]) as llm:
-        outputs = llm.generate(some_prompts(), params)
-        preemptions = llm.stats().metrics.preemptions
-    for length, output, (tokens, gaps) in zip(LENGTHS, outputs, wanted, strict=True):
-        got = output.outputs[0].token_ids
+def assert_equal(outputs: list[list[int]], wanted: Reference) -> None:
+    for length, got, (tokens, gaps) in zip(LENGTHS, outputs, wanted, strict=True):
         assert len(got) == TOKENS
         for position, (mine, theirs, gap) in enumerate(zip(got, tokens, gaps, strict=True)):
             if mine != theirs:
                 assert gap < CLOSE, f"prompt of {length}, token {position}: {mine}, not {theirs} (by {gap})"
                 break
+
+
+class Family(OneModel):
+    """A checkpoint, what transformers makes of it, and engines on it."""
+
+    @functools.cached_property
+    def wanted(self) -> Reference:
+        return reference(self.folder)
+
+
+EVERY_FAMILY = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)]
+
+
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+    shape = {**FAMILIES, **MORE_FAMILIES}[request.param]
+    folder = make_checkpoint(tmp_path_factory.mktemp("family"), **shape)
+    family = Family(folder)
+    yield family
+    family.close()
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_greedy_tokens_equal(family: Family, way: str) -> None:
+    settings = WAYS[way]
+    if "2" in settings.get("split", "") and len(available_cores()) < 2:
+        pytest.skip("a split of more cores than there are")
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    outputs, preemptions = family.run(some_prompts(), params, **settings)
+    assert_equal(outputs, family.wanted)
     assert (preemptions > 0) == ("preempted" in way)
 
 
-def test_sampled_tokens_do_not_depend_on_the_way(
-    checkpoint: Callable[[str], tuple[Path, Reference]],
-) -> None:
+def test_sampled_tokens_do_not_depend_on_the_way(family: Family) -> None:
     """Counter-based sampling: a seed names its tokens, alone, in a batch, and recomputed."""
-    folder, _ = checkpoint("llama3")
     prompts = some_prompts()[:8]
     params = [
         SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=seed, max_tokens=TOKENS, ignore_eos=True)
@@ -126,9 +179,17 @@ def test_sampled_tokens_do_not_depend_on_the_way(
     ]
     seen = []
     for way in ("semi-pd", "chunked-16", "preempted"):
-        with LLM(str(folder), dtype="float32", max_model_len=400, **WAYS[way]) as llm:
-            together = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
-            alone = llm.generate(prompts[3], params[3])[0].outputs[0].token_ids
-        assert alone == together[3]
+        together, preemptions = family.run(prompts, params, **WAYS[way])
+        assert family.run([prompts[3]], [params[3]], **WAYS[way])[0] == [together[3]]
+        assert (preemptions > 0) == (way == "preempted")
         seen.append(together)
     assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("family", ["llama3"], indirect=True)
+def test_the_same_through_llm(family: Family) -> None:
+    """With processes, threads and a pool of its own."""
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    with LLM(str(family.folder), device="cpu", dtype="float32", max_model_len=360, **SMALL) as llm:
+        outputs = llm.generate(some_prompts(), params)
+    assert_equal([output.outputs[0].token_ids for output in outputs], family.wanted)
