@@ -21,9 +21,9 @@ from tokenizers import Tokenizer
 
 from benchmarks.cpu_kernels import BLOCK_SIZE
 from benchmarks.machine import describe
-from semipd.build import default_model
 from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs, load_model
+from semipd.model.folder import default_model
 from semipd.model.sampler import draw, filtered_weights, uniform
 
 WAYS = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +32,13 @@ from semipd.execute.device_file import DeviceFile, load_device
 from semipd.execute.sim import Isolated, SimExecutor, VirtualClock
 from semipd.execute.step_profile import ProfiledCost, shape_of
 from semipd.model.catalogue import CATALOGUE, named_spec
+from semipd.model.folder import model_folder
 from semipd.model.spec import ModelSpec, load_spec
+from semipd.sizing import dtype_of, itemsize, pool_size, stated_pool
 
 DEFAULT_CHUNK_TOKENS = 256
 GENERIC_CPU = "cpu-generic"  # what auto predicts with where this machine was not profiled
 DEFAULT_TRANSFER_BANDWIDTH = 64 * 10**9  # bytes per second: a PCIe 5 link
-DEFAULT_MEMORY_SHARE = 10  # one part in ten of the machine's memory
-DEFAULT_MEMORY_MOST = 2 * 1024**3
 
 log = logging.getLogger("semipd")
 
@@ -71,7 +70,7 @@ def resolve(config: Config) -> Resolved:
     """Find the model, read its shape, size the KV pool. Raises ConfigError."""
     folder = model_folder(config.model.model)
     spec = load_spec(folder)
-    dtype = _dtype(config.model.dtype, spec)
+    dtype = dtype_of(config.model.dtype, spec)
     cores = available_cores()
     device = config.model.device
     if device == "auto":
@@ -80,7 +79,7 @@ def resolve(config: Config) -> Resolved:
     if device == "cuda":
         if config.model.quantization != "none":
             raise ConfigError("--quantization is for the CPU: add --device cpu or leave it out")
-        blocks, max_length = _stated_pool(config, spec, dtype)
+        blocks, max_length = stated_pool(config, spec, dtype)
     else:
         from semipd.execute.cpu import cpu_device
 
@@ -88,7 +87,7 @@ def resolve(config: Config) -> Resolved:
             raise ConfigError("--attention-backend is for the GPU: add --device cuda or leave it out")
         known = cpu_device(len(cores))  # what cannot work is refused before loading
         make_policy(config.policy, known, predictor(config.policy, spec, dtype, known))
-        blocks, max_length = _pool(config, spec, dtype)
+        blocks, max_length = pool_size(config, spec, dtype)
     name = config.server.served_model_name or config.model.model or folder.name
     return Resolved(config, folder, spec, name, device, dtype, blocks, max_length, cores)
 
@@ -221,12 +220,12 @@ def _step_cost(
         return StepCost(spec, hardware, tensor_parallel, pipeline_parallel)
     if tensor_parallel * pipeline_parallel > 1:
         raise ConfigError(f"device {hardware.name} is a profile of one machine: no parallel degrees")
-    return _profiled(spec, hardware, _dtype("auto", spec), hardware.units)
+    return _profiled(spec, hardware, dtype_of("auto", spec), hardware.units)
 
 
 def _profiled(spec: ModelSpec, hardware: DeviceFile, dtype: str, units: int) -> CostModel:
     assert hardware.steps is not None
-    steps = hardware.steps.scaled(shape_of(spec, _itemsize(dtype)))
+    steps = hardware.steps.scaled(shape_of(spec, itemsize(dtype)))
     return ProfiledCost(steps, hardware.step_seconds, hardware.sequence_seconds, units)
 
 
@@ -247,89 +246,6 @@ def predictor(settings: PolicyConfig, spec: ModelSpec, dtype: str, device: Devic
     if hardware.steps is None:
         return StepCost(spec, hardware, dtype=dtype)
     return _profiled(spec, hardware, dtype, device.units)
-
-
-def model_folder(model: str | None) -> Path:
-    """The local folder of a model: a path, or a hub id that is fetched (or found in the hub's cache)."""
-    if model is None:
-        return default_model()
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ConfigError(f"no model folder at {model}")
-    return _fetch(model)
-
-
-def default_model() -> Path:
-    """The model that ships with the package."""
-    return Path(__file__).parent / "box"
-
-
-def _fetch(model: str) -> Path:
-    # Imported here: it takes a quarter of a second, and a local folder does not need it.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-        )
-    except HFValidationError:
-        raise ConfigError(f"no model folder at {model}, and it is not a hub id") from None
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"no folder {model}, and the hub gave no model of that name: {reason}") from error
-
-
-def _dtype(wanted: str, spec: ModelSpec) -> str:
-    if wanted != "auto":
-        return wanted
-    return "float32" if spec.dtype == "float32" else "bfloat16"
-
-
-def _stated_pool(config: Config, spec: ModelSpec, dtype: str) -> tuple[int | None, int]:
-    """(blocks, max_length) as far as the settings say: None for an unstated pool."""
-    cache, asked = config.cache, config.model.max_model_len
-    if asked is not None and asked > spec.max_positions:
-        raise ConfigError(
-            f"--max-model-len {asked} is more than the {spec.max_positions} positions of the model"
-        )
-    blocks = cache.kv_blocks
-    if cache.kv_memory is not None:
-        blocks = cache.kv_memory // (spec.kv_bytes_per_token(_itemsize(dtype)) * cache.block_size)
-    return blocks, asked or spec.max_positions
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-def _pool(config: Config, spec: ModelSpec, dtype: str) -> tuple[int, int]:
-    """(blocks, max_length). A stated budget is honoured or refused; an unstated one adapts."""
-    cache, asked = config.cache, config.model.max_model_len
-    blocks, longest = _stated_pool(config, spec, dtype)
-    block_bytes = spec.kv_bytes_per_token(_itemsize(dtype)) * cache.block_size
-    if blocks is None:
-        blocks = _default_memory() // block_bytes
-    capacity = blocks * cache.block_size
-    if capacity >= longest:
-        return blocks, longest
-    stated = cache.kv_blocks is not None or cache.kv_memory is not None
-    if stated or asked is not None or capacity < cache.block_size:
-        needed = -(-longest // cache.block_size)
-        mebibytes = -(-needed * block_bytes // 2**20)
-        raise ConfigError(
-            f"the KV pool holds {capacity} tokens, less than one sequence of {longest}: lower "
-            f"--max-model-len, or raise the pool to {needed} blocks ({mebibytes} MiB)"
-        )
-    log.info("sequences are limited to %d tokens by the KV pool; --kv-memory raises it", capacity)
-    return blocks, capacity
-
-
-def _default_memory() -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(memory // DEFAULT_MEMORY_SHARE, DEFAULT_MEMORY_MOST)
 
 
 def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None = None) -> Policy:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from semipd import sizing
 from semipd.build import make_policy
 from semipd.cli import _parser, read_config
 from semipd.config import (
@@ -29,6 +30,8 @@ from semipd.core.policies import Chunked, PrefillFirst, SemiPD
 from semipd.core.types import Lane
 from semipd.execute.cpu import cpu_device
 from semipd.execute.sim import FixedCost
+from semipd.model.folder import default_model
+from semipd.model.spec import load_spec
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,16 @@ def test_settings_name_a_policy(settings: dict[str, Any], kind: type) -> None:
 def test_a_split_that_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_policy(PolicyConfig(**settings), cpu_device(4), FixedCost(4))
+
+
+def test_an_unstated_pool_is_a_share_of_what_the_container_may_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tenth of a large machine is more than a small container on it has."""
+    spec = load_spec(default_model())
+    monkeypatch.setattr(sizing, "total_memory", lambda: 200 * 2**20)
+    blocks, _ = sizing.pool_size(Config(), spec, "float32")
+    assert 19 * 2**20 < blocks * 16 * spec.kv_bytes_per_token(4) <= 20 * 2**20
 
 
 def test_one_core_is_shared() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -25,14 +26,25 @@ from semipd.bench.profile_cpu import (
     new_pace,
     steps_to_measure,
 )
+from semipd.bench.profile_gpu import device_entries
+from semipd.bench.profile_plots import plot_fitted, plot_measured
 from semipd.bench.report import json_line
 from semipd.bench.step_fit import Fit, fit_prices
-from semipd.build import Resolved, build_engine, model_folder, resolve
+from semipd.build import Resolved, build_engine, resolve
 from semipd.config import from_mapping
 from semipd.core.errors import ConfigError
 from semipd.core.types import Lane, Work
-from semipd.execute.step_profile import Beside, ProfiledCost, StepProfile, shape_of, write_profile
+from semipd.execute.choose import has_gpu
+from semipd.execute.step_profile import (
+    Beside,
+    ProfiledCost,
+    StepProfile,
+    read_profile,
+    shape_of,
+    write_profile,
+)
 from semipd.flags import add_flags, check_fields, from_flags, setting
+from semipd.model.folder import model_folder
 from semipd.model.spec import load_spec
 
 LONGEST = 4096  # positions of a sequence that profiling needs at most
@@ -43,8 +55,15 @@ SHARES = (0.5, 0.4, 0.1)  # of the time: steps alone, beside each other, under t
 class ProfileOptions:
     """Profile"""
 
-    out: str = setting("cpu.json", "device file to write")
-    seconds: float = setting(60.0, "about how long to measure", "number", low=0.5, high=3600)
+    device: str = setting(
+        "auto",
+        "what to measure (auto: the GPU where there is one)",
+        "choice",
+        choices=("auto", "cpu", "cuda"),
+    )
+    out: str | None = setting(None, "device file to write (default cpu.json or gpu.json)")
+    plot: str | None = setting(None, "folder for pictures of step times over shares", metavar="DIR")
+    seconds: float = setting(60.0, "CPU: about how long to measure", "number", low=0.5, high=3600)
     load_format: str = setting("auto", "dummy: random weights", "choice", choices=("auto", "dummy"))
     dtype: str = setting(
         "auto", "auto, bfloat16 or float32", "choice", choices=("auto", "bfloat16", "float32")
@@ -179,16 +198,54 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(namespace: argparse.Namespace) -> int:
-    """Measure, write the file, print its fit as one JSON line. Raises ConfigError."""
+    """Measure, write the file (and pictures), print its fit as one JSON line. Raises ConfigError."""
     options = from_flags(ProfileOptions, namespace)
-    path = Path(options.out)
+    on_gpu = options.device == "cuda" or (options.device == "auto" and has_gpu())
+    path = Path(options.out or ("gpu.json" if on_gpu else "cpu.json"))
     if not path.parent.is_dir() or path.is_dir():
-        raise ConfigError(f"--out: cannot write {options.out}")
-    found = profile(namespace.model, options)
+        raise ConfigError(f"--out: cannot write {path}")
+    pictures = picture_folder(options.plot) if options.plot else None
+    if on_gpu:
+        raw, found = measure_gpu(namespace.model, options)
+        write_device(raw, path.with_suffix(".raw.json"))
+    else:
+        raw, found = None, profile(namespace.model, options)
     write_device(found, path)
-    shown = {key: found[key] for key in ("name", "units", "step_seconds", "sequence_seconds", "fit")}
-    sys.stdout.write(json_line({**shown, "out": options.out}) + "\n")
+    if pictures is not None:
+        if raw is not None:
+            plot_measured(pictures, raw)
+        else:
+            plot_fitted(pictures, read_profile(found["steps"], found["units"], str(path)), "core")
+    shown = {key: found.get(key) for key in ("name", "units", "step_seconds", "sequence_seconds", "fit")}
+    sys.stdout.write(json_line({**shown, "out": str(path)}) + "\n")
     return 0
+
+
+def measure_gpu(model: str | None, options: ProfileOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(measurements, a device file's content) of this machine's GPU. Raises ConfigError."""
+    # Here: both bring torch, which a profile of the CPU measures from outside.
+    from semipd.execute.cuda_backend import CudaBackend
+    from semipd.execute.profile_cuda import profile_gpu
+
+    folder = model_folder(model)
+    backend = CudaBackend()
+    _, memory = backend.memory()
+    chosen = {"dtype": options.dtype, "load_format": options.load_format}
+    raw = profile_gpu(backend, folder, **chosen, say=lambda line: print(line, file=sys.stderr, flush=True))
+    spec = load_spec(folder)
+    itemsize = 4 if (spec.dtype if options.dtype == "auto" else options.dtype) == "float32" else 2
+    return raw, device_entries(raw, spec, itemsize, memory)
+
+
+def picture_folder(path: str) -> Path:
+    """The folder, made. Raises ConfigError where there can be no pictures: before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--plot: cannot make the folder {path}: {error.strerror}") from None
+    return Path(path)
 
 
 def write_device(found: dict[str, Any], path: Path) -> None:

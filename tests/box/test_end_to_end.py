@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from semipd import LLM, SamplingParams, box_format, box_tasks
-from semipd.build import default_model
+from semipd.model.folder import default_model
 
 WAYS: dict[str, dict[str, Any]] = {
     "semi-pd": {"policy": "semi-pd", "kv_blocks": 2048},

@@ -15,9 +15,9 @@ import httpx
 import openai
 import pytest
 
-from semipd.build import default_model
 from semipd.config import Config, from_mapping
 from semipd.core.errors import ConfigError
+from semipd.model.folder import default_model
 from semipd.serve.gate import Limits
 from semipd.serve.model_folder import read_model_folder
 from tests.serve.fakes import LiveFake, eventually, make_folder, make_tokenizer
