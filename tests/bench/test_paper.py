@@ -68,6 +68,7 @@ def test_every_case_names_legal_ways_and_the_guess_of_a_cell_is_its_nearest_rela
     }
     assert paper.guess_for(("8b-sharegpt", "tight", "shared", 2), done) == -3  # another seed of it
     assert paper.guess_for(("8b-sharegpt", "tight", "prefill-first", 1), done) == 4  # the way before it
+    assert paper.guess_for(("8b-sharegpt", "tight", "shared, shortest first", 1), done) == -3
     assert paper.guess_for(("8b-mixed", "tight", "shared", 1), done) == 0
 
 
