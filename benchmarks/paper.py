@@ -165,8 +165,8 @@ def read_cells(path: Path) -> Cells:
 
 
 def relative(way: str, names: list[str]) -> str:
-    """The way whose goodput is likely to be near: the same in the other order of prompts, the one before it,
-    and for auto the second static split, as it is among the best more often than not."""
+    """The way whose goodput is likely to be near: the same in the other order of prompts, or the one before
+    it; for auto the second static split, which is often among the best."""
     if way == "auto":
         return names[1]
     plain = way.removesuffix(SHORTEST).removesuffix(ARRIVAL)
