@@ -6,15 +6,17 @@ import argparse
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from semipd.config import Config, from_mapping, sections, settings
-from semipd.core.errors import ConfigError, SemipdError
+from semipd.config import Config, Setting, check, from_mapping, sections, settings
+from semipd.core.errors import ConfigError, Refused, SemipdError
 
 EXIT_BAD_INPUT = 2
+MAX_TOKENS = Setting("most new tokens (default 64)", "size", low=1, high=2**31 - 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,9 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(options.run(options) or 0)
-    except ConfigError as error:
+    except (ConfigError, Refused) as error:
         print(f"semipd: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails when it ends
+        return 1
     except SemipdError as error:
         print(f"semipd: {error}", file=sys.stderr)
         return 1
@@ -61,7 +66,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="generate offline", description="Generate offline.")
     generate.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     generate.add_argument("--prompts-file", metavar="FILE.jsonl", help="one JSON string or object a line")
-    generate.add_argument("--max-tokens", type=int, default=64, help="most new tokens (default 64)")
+    generate.add_argument("--max-tokens", default=64, help=MAX_TOKENS.help)
     generate.add_argument("--temperature", type=float, default=None, help="0 is greedy")
     generate.add_argument("--json", action="store_true", help="one JSON object a line")
     _add_settings(generate, leave_out=("server",))
@@ -128,8 +133,9 @@ def read_config(options: argparse.Namespace) -> Config:
         import yaml
 
         try:
-            loaded = yaml.safe_load(Path(options.config).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            loaded = yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))
+        # ValueError: broken UTF-8, and what looks like a date and is none.
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"--config {options.config}: {' '.join(str(error).split())}") from None
         if not isinstance(loaded, dict | None):
             raise ConfigError(f"--config {options.config}: not a list of settings and values")
@@ -154,9 +160,9 @@ def _generate(options: argparse.Namespace) -> int:
     from semipd import LLM, SamplingParams
 
     prompts = _read_prompts(options)
-    config = read_config(options)
-    with LLM.from_config(config) as llm:
-        params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature)
+    most = check("max_tokens", options.max_tokens, MAX_TOKENS)
+    params = SamplingParams(max_tokens=most, temperature=options.temperature)
+    with LLM.from_config(read_config(options)) as llm:
         for prompt, result in zip(prompts, llm.generate(prompts, params), strict=True):
             output = result.outputs[0]
             if options.json:
@@ -179,7 +185,8 @@ def _read_prompts(options: argparse.Namespace) -> list[Any]:
     prompts: list[Any] = list(options.prompt or [])
     if options.prompts_file:
         try:
-            lines = Path(options.prompts_file).read_text().splitlines()
+            # Not splitlines(), which also splits at characters that a JSON text may hold (U+2028).
+            lines = Path(options.prompts_file).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts-file {options.prompts_file}: {error}") from None
         for number, line in enumerate(lines, start=1):
@@ -194,7 +201,7 @@ def _read_prompt(line: str, where: str) -> Any:
     """A JSON string, a list of token ids, or an object with one of them under "prompt"."""
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {error}") from None
     value = value.get("prompt") if isinstance(value, dict) else value
     is_ids = isinstance(value, list) and all(type(token) is int for token in value)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from semipd.cli import main
+from semipd.cli import _read_prompts, main
 from semipd.config import Config
 from tests.checkpoints import make_checkpoint
 
@@ -104,3 +107,47 @@ def test_generate_prints_one_answer_a_prompt(
     assert all(1 <= len(row["token_ids"]) <= 4 for row in rows)
     prompts.write_text('"fine"\nnot json\n')
     assert "line 2" in refusal(capfd, *words)
+
+
+def test_input_files_that_are_broken_in_other_ways(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each of these was a traceback."""
+    file = tmp_path / "input"
+    for content in ("a: 2024-13-45\n", "[" * 5000):
+        file.write_text(content)
+        assert "--config" in refusal(capfd, "serve", "x", "--config", str(file))
+    for content in ("[" * 5000, "[" + "1" * 5000 + "]"):
+        file.write_text(content)
+        assert "line 1" in refusal(capfd, "generate", "x", "--prompts-file", str(file))
+
+
+def test_what_generate_cannot_do_is_said_before_loading(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semipd.LLM.from_config", lambda config: pytest.fail("it was loaded"))
+        for words in (["--max-tokens", "0"], ["--max-tokens", "x"], ["--temperature", "nan"]):
+            line = refusal(capfd, "generate", "--prompt", "x", *words)
+            assert words[0].strip("-").replace("-", "_") in line.replace("-", "_")
+
+
+def test_a_prompt_may_hold_any_line_separator_but_the_newline(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"one\u2028two\x85three"\r\n\n"four"\n', encoding="utf-8")
+    options = argparse.Namespace(prompt=None, prompts_file=str(file))
+    assert _read_prompts(options) == ["one\u2028two\x85three", "four"]
+
+
+def test_whoever_reads_the_output_may_leave() -> None:
+    code = (
+        "import semipd.cli as cli\n"
+        "cli._chat = lambda options: [print('x' * 1000) for _ in range(1000)]\n"
+        "raise SystemExit(cli.main(['chat']))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, b"")

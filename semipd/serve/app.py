@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from semipd.serve import errors
 from semipd.serve.answer import Answer, read_body
+from semipd.serve.edge import Edge
 from semipd.serve.errors import ApiError
 from semipd.serve.gate import Ticket
 from semipd.serve.guard import Guard
@@ -28,6 +29,7 @@ def create_app(
     """The API of one served model. metrics_alias: a second prefix of the metrics."""
     app = FastAPI(title="semipd", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Guard, key=api_key)
+    app.add_middleware(Edge)  # around the guard
     errors.install(app)
     _add_generation(app, service)
     _add_tokens(app, service)

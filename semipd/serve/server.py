@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import os
+import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -35,7 +37,7 @@ from semipd.serve.tokenizer import Tokenizer
 from semipd.serve.traffic import log_traffic
 
 GRACE_SECONDS = 1.0  # for answers that are being written when everything ends
-SHOWN_PROMPT = "Once upon a time"
+SHOWN_PROMPT = "Once upon a time"  # to a model that does not say what to ask it
 
 log = logging.getLogger("semipd")
 
@@ -126,8 +128,10 @@ class _Server:
         units = f"{engine.units} {engine.unit_kind}s"
         yield f"on {engine.device}, {units}, sequences of up to {engine.limit} tokens"
         key = " -H 'Authorization: Bearer KEY'" if server.api_key is not None else ""
-        body = f'{{"model": "{name}", "prompt": "{SHOWN_PROMPT}", "max_tokens": 32}}'
-        yield f"try: curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+        prompt = next(iter(self._service.model.suggestions), SHOWN_PROMPT)
+        body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 32}, ensure_ascii=False)
+        what = shlex.quote(body)
+        yield f"try: curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {what}"
 
     async def _drain(self) -> None:
         gate = self._service.gate

@@ -62,7 +62,7 @@ class Session:
         self._prefix = secrets.token_hex(4)  # several sessions may share an engine
         self._streams: dict[str, tuple[Stream, int]] = {}
         self._info: asyncio.Future[EngineInfo] | None = None
-        self._asks: list[tuple[float, asyncio.Future[Stats]]] = []
+        self._asked: tuple[float, asyncio.Future[Stats]] | None = None  # when, and the answer to come
         self._latest: tuple[float, Stats] | None = None
         self.lost: Lost | None = None
 
@@ -106,11 +106,10 @@ class Session:
         now = time.monotonic()
         if self._latest is not None and now - self._latest[0] <= age:
             return self._latest[1]
-        future: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
-        self._asks.append((now, future))
-        if len(self._asks) == 1:
+        if self._asked is None:
+            self._asked = now, asyncio.get_running_loop().create_future()
             self._link.send(Ask())
-        return await asyncio.wait_for(asyncio.shield(future), patience)
+        return await asyncio.wait_for(asyncio.shield(self._asked[1]), patience)
 
     async def health(self) -> str | None:
         """Why the engine makes no progress, or None when all is well or it is still loading."""
@@ -121,7 +120,7 @@ class Session:
         try:
             return _stalled(await self.stats(age=0.5))
         except TimeoutError:
-            waited = time.monotonic() - self._asks[0][0] if self._asks else 0.0
+            waited = time.monotonic() - self._asked[0] if self._asked else 0.0
             return f"the planner has not answered for {waited:.0f} s" if waited > ANSWER_SECONDS else None
         except EngineDead as dead:
             return str(dead)
@@ -146,10 +145,9 @@ class Session:
             self._step(message)
         elif isinstance(message, Stats):
             self._latest = (time.monotonic(), message)
-            asks, self._asks = self._asks, []
-            for _, future in asks:
-                if not future.done():
-                    future.set_result(message)
+            asked, self._asked = self._asked, None
+            if asked is not None and not asked[1].done():
+                asked[1].set_result(message)
         elif isinstance(message, EngineInfo):
             if self._info is not None and not self._info.done():
                 self._info.set_result(message)
@@ -170,8 +168,7 @@ class Session:
             return
         self.lost = lost
         error = EngineDead(lost.why)
-        waiting = [future for _, future in self._asks]
-        for future in [*waiting, self._info]:
+        for future in (self._asked and self._asked[1], self._info):
             if future is not None and not future.done():
                 future.set_exception(error)
                 future.exception()  # seen: nobody need be waiting

@@ -6,11 +6,14 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from starlette.types import Receive, Scope, Send
 
 from semipd.serve.gate import Limits
 from semipd.serve.http import _Alarm, _Connection, http_server
+from tests.serve.fakes import LiveFake, make_folder
+from tests.serve.serving import serving
 
 LIMITS = Limits(header_seconds=0.3, stall_seconds=0.3)
 LARGE = 32 * 2**20  # more than any kernel buffers
@@ -112,3 +115,17 @@ def test_a_slow_reader_is_no_deaf_one() -> None:
         assert transport.size == 5, "it was given up while it still took something"
 
     asyncio.run(main())
+
+
+def test_every_answer_has_an_id_and_probes_may_use_head(tmp_path: Path) -> None:
+    with serving(make_folder(tmp_path), LiveFake(), api_key="k") as running, running.client() as client:
+        for path in ("/health", "/ready", "/v1/models", "/none"):
+            given = client.get(path, headers={"X-Request-Id": "mine-7"})
+            assert given.headers["x-request-id"] == "mine-7"
+            head = client.head(path)
+            assert (head.status_code, head.content) == (client.get(path).status_code, b"")
+        for bad in (b"", b"two words", b"x" * 129, b"caf\xc3\xa9"):
+            made = client.get("/health", headers=[(b"x-request-id", bad)]).headers["x-request-id"]
+            assert made.startswith("req-") and made != client.get("/health").headers["x-request-id"]
+        assert client.head("/v1/completions").status_code == 401
+        assert client.head("/v1/completions", headers={"Authorization": "Bearer k"}).status_code == 405
