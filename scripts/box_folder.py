@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from semipd import box_format
+from semipd.box import format as box_format
 
 
 class Sizes(Protocol):

@@ -11,7 +11,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from semipd import box_format, box_tasks
+from semipd.box import format as box_format
+from semipd.box import tasks as box_tasks
 
 
 @dataclasses.dataclass(frozen=True)

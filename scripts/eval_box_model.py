@@ -18,9 +18,11 @@ from random import Random
 import torch
 from transformers import AutoModelForCausalLM
 
-from semipd import LLM, SamplingParams, box_format, box_tasks
+from semipd import LLM, SamplingParams
+from semipd.box import format as box_format
+from semipd.box import tasks as box_tasks
 
-BOX = Path(box_tasks.__file__).parent / "box"
+BOX = Path(box_tasks.__file__).parent
 RECALL_LENGTHS = (64, 128, 256, 512, 1024, 2000, 4000)
 LONGEST_ANSWER = 40
 

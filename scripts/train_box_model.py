@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from semipd import box_format, box_tasks
+from semipd.box import format as box_format
+from semipd.box import tasks as box_tasks
 
 MUON_RATE = 1.5  # times AdamW's
 

@@ -9,9 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from semipd import box_format, box_tasks
+from semipd.box import format as box_format
+from semipd.box import tasks as box_tasks
 
-BOX = Path(box_tasks.__file__).parent / "box"
+BOX = Path(box_tasks.__file__).parent
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from semipd import box_tasks
+from semipd.box import tasks as box_tasks
 
 ASKED = 400
 

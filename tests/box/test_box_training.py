@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from semipd import box_format, box_tasks
+from semipd.box import format as box_format
+from semipd.box import tasks as box_tasks
 
 LONGEST = 4096
 SCRIPTS = Path(__file__).parents[2] / "scripts"

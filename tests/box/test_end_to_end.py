@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from semipd import LLM, SamplingParams, box_format, box_tasks
+from semipd import LLM, SamplingParams
+from semipd.box import format as box_format
+from semipd.box import tasks as box_tasks
 from semipd.model.folder import default_model
 
 WAYS: dict[str, dict[str, Any]] = {

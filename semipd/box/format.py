@@ -4,7 +4,7 @@ Ids 0 to 255 are bytes, so any text round-trips and a digit is one token; four s
 A message is ``<|role|>text<|end|>``; a plain question, without roles, is its text and a newline.
 """
 
-from semipd.box_tasks import Question
+from semipd.box.tasks import Question
 
 END, USER, ASSISTANT, SYSTEM = 256, 257, 258, 259
 SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
