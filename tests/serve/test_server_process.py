@@ -1,4 +1,8 @@
-"""The server as a process: how it starts, drains, is interrupted, and leaves nothing behind."""
+"""The server as a process: how it starts, drains, is interrupted, and leaves nothing behind.
+
+Nothing here counts on a moment being enough: what must be under way is waited for, and what must end soon
+may take as long as this machine's pace (its start of a server) makes it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,6 +24,7 @@ import pytest
 from tests.serve.fakes import eventually, make_folder
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 60.0
 SCRIPT = """
 import sys
 from semipd.config import from_mapping
@@ -38,23 +43,36 @@ sys.exit(code)
 
 
 class Running:
-    """A server process and the engine process that it started."""
+    """A server process and the engine process that it started. starting: seconds until it served."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
+        began = time.monotonic()
         self.process = process
         assert process.stdout is not None
         self.greeting = [process.stdout.readline() for _ in range(3)]
         self.url = next(word for word in self.greeting[0].split() if word.startswith("http://"))
+        self.starting = time.monotonic() - began
         self.children = psutil.Process(process.pid).children(recursive=True)
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20.0, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False)
 
-    def ends_within(self, seconds: float) -> int:
-        code = self.process.wait(seconds)
-        with eventually(3.0) as wait_for:
+    def work(
+        self, pool: ThreadPoolExecutor, client: httpx.Client, **more: object
+    ) -> Future[httpx.Response]:
+        """A long request, once it is under way."""
+        answer = pool.submit(client.post, "/v1/completions", json={**LONG, **more})
+        with eventually(PATIENCE) as wait_for:
+            wait_for(lambda: client.get("/load").json()["server_load"] > 0)
+        return answer
+
+    def ends(self) -> tuple[int, float]:
+        """Exit code and seconds until nothing was left of it."""
+        began = time.monotonic()
+        code = self.process.wait(PATIENCE)
+        with eventually(PATIENCE) as wait_for:
             wait_for(lambda: not any(map(_runs, self.children)))
-        return code
+        return code, time.monotonic() - began
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -103,13 +121,11 @@ def test_it_serves_without_torch_and_ctrl_c_ends_it(folder: Path) -> None:
         names = {child.cmdline()[0] for child in server.children if child.cmdline()}
         assert names == {"semipd-engine"}
         assert client.post("/v1/completions", json={"prompt": "hello"}).status_code == 200
-        cut = pool.submit(lambda: client.post("/v1/completions", json=LONG))
-        time.sleep(0.3)
-        began = time.monotonic()
+        cut = server.work(pool, client)
         server.process.send_signal(signal.SIGINT)
-        assert server.ends_within(5.0) == 0
-        assert time.monotonic() - began < 5.0
-        assert cut.result(5).status_code == 503
+        code, seconds = server.ends()
+        assert code == 0 and seconds < max(5.0, 3 * server.starting)
+        assert cut.result(PATIENCE).status_code == 503
         assert server.process.stdout is not None
         assert server.process.stdout.read() == "False False\n", (
             "torch or transformers came into the API process"
@@ -120,9 +136,9 @@ def test_while_loading_it_listens_and_can_be_ended(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (
-        start(folder, f"port={port}", delay=60.0) as process,
+        start(folder, f"port={port}", delay=600.0) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
-        eventually(10.0) as wait_for,
+        eventually(PATIENCE) as wait_for,
     ):
 
         def listening() -> bool:
@@ -139,59 +155,74 @@ def test_while_loading_it_listens_and_can_be_ended(folder: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
         children = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(3.0) == 0
+        assert process.wait(PATIENCE / 2) == 0, "it waited for the engine to load"
         wait_for(lambda: not any(map(_runs, children)))
 
 
 def test_sigterm_drains(folder: Path) -> None:
-    with running(folder, pace=10) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
-        whole = pool.submit(lambda: client.post("/v1/completions", json={**LONG, "max_tokens": 100}))
-        time.sleep(0.4)
+    with (
+        running(folder, "shutdown_timeout=60", pace=30) as server,
+        server.client() as client,
+        ThreadPoolExecutor(1) as pool,
+        eventually(PATIENCE) as wait_for,
+    ):
+        whole = server.work(pool, client, max_tokens=100)
         server.process.send_signal(signal.SIGTERM)
-        with eventually() as wait_for:
-            wait_for(lambda: client.get("/ready").status_code == 503)
+        wait_for(lambda: client.get("/ready").status_code == 503)
         refused = client.post("/v1/completions", json=LONG)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert client.get("/health").status_code == 200
-        answer = whole.result(10)
+        answer = whole.result(PATIENCE)
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 100
-        assert server.ends_within(5.0) == 0
+        assert server.ends()[0] == 0
 
 
-def test_a_drain_has_an_end_and_a_second_signal_ends_it_at_once(folder: Path) -> None:
-    for second in (False, True):
-        with running(folder, pace=50) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
-            cut = pool.submit(client.post, "/v1/completions", json=LONG)
-            time.sleep(0.4)
-            began = time.monotonic()
-            server.process.send_signal(signal.SIGTERM)
-            if second:
-                time.sleep(0.2)
-                server.process.send_signal(signal.SIGTERM)
-            assert server.ends_within(8.0) == 0
-            took = time.monotonic() - began
-            assert took < 3.0 if second else 3.0 < took < 6.5
-            assert cut.result(5).status_code == 503
+def test_a_drain_has_an_end(folder: Path) -> None:
+    with (
+        running(folder, "shutdown_timeout=1", pace=100) as server,
+        server.client() as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        cut = server.work(pool, client)
+        server.process.send_signal(signal.SIGTERM)
+        code, seconds = server.ends()
+        assert code == 0 and seconds > 1.0
+        assert cut.result(PATIENCE).status_code == 503
+
+
+def test_a_second_signal_ends_a_drain_at_once(folder: Path) -> None:
+    with (
+        running(folder, "shutdown_timeout=50", pace=300) as server,
+        server.client() as client,
+        ThreadPoolExecutor(1) as pool,
+        eventually(PATIENCE) as wait_for,
+    ):
+        cut = server.work(pool, client)
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.get("/ready").status_code == 503)
+        server.process.send_signal(signal.SIGTERM)
+        code, seconds = server.ends()
+        assert code == 0 and seconds < 45.0
+        assert cut.result(PATIENCE).status_code == 503
 
 
 def test_the_engine_dies_with_a_killed_server(folder: Path) -> None:
     with running(folder) as server:
         server.process.kill()
-        server.ends_within(2.0)
+        server.ends()
 
 
 def test_a_killed_engine_is_answered_for(folder: Path) -> None:
     with running(folder, pace=20) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(lambda: client.post("/v1/completions", json=LONG))
-        time.sleep(0.3)
+        pending = server.work(pool, client)
         server.children[0].kill()
-        answer = pending.result(3)
+        answer = pending.result(PATIENCE)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
         assert "signal 9" in answer.text
         later = client.post("/v1/completions", json=LONG)
         assert later.status_code == 503 and client.get("/health").status_code == 503
         server.process.send_signal(signal.SIGTERM)
-        assert server.ends_within(5.0) == 0
+        assert server.ends()[0] == 0
 
 
 def test_what_cannot_work_is_one_line(folder: Path, tmp_path: Path) -> None:
@@ -209,6 +240,6 @@ def test_what_cannot_work_is_one_line(folder: Path, tmp_path: Path) -> None:
             ((folder, f"port={port}"), f"port {port}"),
         ):
             with start(*arguments) as process:
-                _, errors = process.communicate(timeout=20)
+                _, errors = process.communicate(timeout=PATIENCE)
                 assert process.returncode == 2
                 assert word in errors and len(errors.strip().splitlines()) == 1, errors
