@@ -36,6 +36,10 @@ PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 STARTS = (256, 1024)  # cached positions before a chunk
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (32, 512, 1536)
+# Steps that hold a piece of a prompt: (sequences that decode, their context, tokens of the piece, its start)
+MIXED = ((1, 256, 63, 0), (4, 256, 60, 0), (8, 512, 24, 256), (2, 512, 126, 512), (16, 256, 112, 256),
+         (32, 256, 96, 0), (8, 256, 248, 0), (16, 32, 240, 0), (4, 1024, 252, 256), (8, 256, 504, 0),
+         (32, 512, 480, 256))  # fmt: skip
 PASSES = 2  # over all steps, in another order each time: other load on the machine comes and goes
 MOST = 40  # repetitions of a step in one pass
 BESIDE_PROMPTS = (64, 512)
@@ -78,8 +82,8 @@ def steps_to_measure(longest: int, slots: int, pool_tokens: int) -> list[Step]:
     steps += [prompt_step(64, prompts=4), prompt_step(256, prompts=3)]
     steps += [decode_step(batch, context) for batch in BATCHES for context in CONTEXTS]
     steps += [decode_step(batch, 32, sample=False) for batch in (1, 4, 16, 64)]
-    for batch, chunk, start in ((4, 60, 0), (8, 24, 256), (8, 248, 0), (16, 112, 256)):
-        steps.append(Step((((256, 1, True),) * batch) + ((start, chunk, False),), pipelined=True))
+    for batch, context, chunk, start in MIXED:
+        steps.append(Step((((context, 1, True),) * batch) + ((start, chunk, False),), pipelined=True))
 
     def fits(step: Step) -> bool:
         tokens = len(step.pieces) * (step.length + 16)
@@ -276,8 +280,10 @@ def measure_engine(
     pace.times.clear()
     begin = sum(request.computed for request in engine.live.decoding)
     until = engine.clock.now() + seconds
-    while engine.clock.now() < until and len(engine.live.decoding) == sequences:
-        engine.step(until)
+    while len(engine.live.decoding) == sequences:
+        if len(pace.times) > 1 and engine.clock.now() >= until:
+            break
+        engine.step()
     end = sum(request.computed for request in engine.live.decoding)
     taken = (pace.times[-1] - pace.times[0]) / max(len(pace.times) - 1, 1)
     for name in names:

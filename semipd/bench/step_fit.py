@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semipd.core.types import Work
-from semipd.execute.step_profile import PRICES, ROWS, TOKENS, features
+from semipd.execute.step_profile import DECODES, PRICES, ROWS, TOKENS, features
 
 ENOUGH = 1e-9  # gain from one more price that is none
 HELD_OUT = 4  # every so manyth step is left out when the error is estimated
@@ -95,7 +95,7 @@ def _free_prices(
 
 def _continued(prices: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Where no step was long enough to say, a token or row costs what the one before it did."""
-    for prefix, knots in (("token", TOKENS), ("row", ROWS)):
+    for prefix, knots in (("token", TOKENS), ("row", ROWS), ("decode", DECODES)):
         indices = [PRICES.index(f"{prefix}_{knot}") for knot in knots]
         for before, index in pairwise(indices):
             if not seen[index]:

@@ -7,9 +7,11 @@
             + a * cached positions read by single tokens + b * attended pairs of prompts
             + c * positions read by prompts + d * sequences
 
-with all prices at least 0, so more work never takes less time. Beside the other lane a step takes
-`slowdown` times as long. Another model than the measured one is priced by the ratio of their shapes: rough,
-but `auto` corrects its model by what it observes.
+with all prices at least 0, so more work never takes less time. A step of nothing but single tokens that are
+all sampled has prices of its own (step, tokens, cached positions): executors run it in another way than one
+that holds a piece of a prompt, in a few compiled calls or as a captured graph. Beside the other lane a step
+takes `slowdown` times as long. Another model than the measured one is priced by the ratio of their shapes:
+rough, but `auto` corrects its model by what it observes.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ from semipd.model.spec import ModelSpec
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)  # where the price of a token may change
 ROWS = (1, 2, 8, 32)  # where the price of a sampled row may change
-PRICES = ("step", *(f"token_{n}" for n in TOKENS), "head", *(f"row_{n}" for n in ROWS),
-          "single_context", "pair", "prompt_context", "sequence")  # fmt: skip
+DECODES = (1, 2, 4, 8, 16, 32, 64)  # where the price of a sequence of a decode step may change
+GENERAL = ("step", *(f"token_{n}" for n in TOKENS), "head", *(f"row_{n}" for n in ROWS),
+           "single_context", "pair", "prompt_context", "sequence")  # fmt: skip
+DECODE = ("decode_step", *(f"decode_{n}" for n in DECODES), "decode_context")
+PRICES = (*GENERAL, *DECODE)
 SHAPE = ("linear_flops", "head_flops", "linear_bytes", "head_bytes", "kv_bytes", "attention", "layers")
 _MOST_ENTRIES = 4096
 
@@ -46,12 +51,29 @@ def shape_of(spec: ModelSpec, itemsize: int) -> dict[str, float]:
     }
 
 
+def is_decode(work: Work) -> bool:
+    """Whether a step of this work is priced as a decode step: single tokens, all sampled."""
+    return work.tokens == work.decodes == work.sampled
+
+
 def features(work: Work) -> list[float]:
     """What the prices (in the order of `PRICES`) are multiplied with."""
+    read = float(work.decode_context)
+    if is_decode(work):
+        return [*(0.0 for _ in GENERAL), 1.0, *_ramps(work.tokens, DECODES), read]
     found = [1.0, *_ramps(work.tokens, TOKENS), 1.0 if work.sampled else 0.0, *_ramps(work.sampled, ROWS)]
-    read = work.decode_context
-    pairs = work.square - (read - 0.5 * work.decodes)
-    return [*found, float(read), max(pairs, 0.0), float(work.context - read), float(work.sequences)]
+    pairs = max(work.square - (read - 0.5 * work.decodes), 0.0)
+    found += [read, pairs, work.context - read, float(work.sequences)]
+    return [*found, *(0.0 for _ in DECODE)]
+
+
+def decode_prices(general: Mapping[str, float]) -> dict[str, float]:
+    """The prices of decode steps that follow from the general ones."""
+    found = {"decode_step": general["step"] + general["head"] + general["sequence"]}
+    for knot in DECODES:
+        row = max(other for other in ROWS if other <= knot)
+        found[f"decode_{knot}"] = general[f"token_{knot}"] + general[f"row_{row}"] + general["sequence"]
+    return found | {"decode_context": general["single_context"]}
 
 
 def _ramps(count: int, knots: Sequence[int]) -> list[float]:
@@ -95,6 +117,9 @@ class StepProfile:
             ratio["attention"],
             ratio["kv_bytes"],
             ratio["layers"],
+            ratio["linear_bytes"],
+            *([ratio["linear_flops"]] * len(DECODES)),
+            ratio["kv_bytes"],
         ]
         return self._with_prices(scales, shape)
 
@@ -206,7 +231,11 @@ def read_profile(value: Any, units: int, where: str) -> StepProfile:
     for key, line in lines.items():
         if not (key.isdecimal() and 1 <= int(key) <= units):
             raise ConfigError(f"{where}: prices: {key!r} is not a number of units from 1 to {units}")
-        numbers = _numbers(line, PRICES, f"{where}: prices of {key}", 0.0, 3600.0)
+        # Profiles of before decode steps had prices of their own lack those.
+        names = PRICES if not isinstance(line, dict) or set(line) & set(DECODE) else GENERAL
+        numbers = _numbers(line, names, f"{where}: prices of {key}", 0.0, 3600.0)
+        if names is GENERAL:
+            numbers |= decode_prices(numbers)
         if not any(numbers.values()):
             raise ConfigError(f"{where}: prices of {key}: all are 0")
         prices[int(key)] = tuple(numbers[name] for name in PRICES)

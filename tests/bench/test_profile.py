@@ -28,6 +28,7 @@ from semipd.core.errors import ConfigError
 from semipd.core.types import Slice, Work
 from semipd.execute.cpu import cpu_device
 from semipd.execute.device_file import load_device, read_device
+from semipd.execute.step_profile import DECODE as DECODE_PRICES
 from semipd.execute.step_profile import (
     PRICES,
     Beside,
@@ -55,6 +56,13 @@ TRUE = dict.fromkeys(PRICES, 0.0) | {
     "row_32": 5e-5,
     "single_context": 4e-7,
     "pair": 3e-8,
+    # A decode step costs half as much as one that also holds a prompt.
+    "decode_step": 5e-3,
+    "decode_2": 1e-4,
+    "decode_16": 2e-4,
+    "decode_32": 2e-4,
+    "decode_64": 2e-4,
+    "decode_context": 2e-7,
 }
 PROMPT = Work.of([Slice(0, 0, 700)])
 DECODE = Work.decode(8, 4000)
@@ -105,6 +113,30 @@ def test_the_fit_finds_the_prices_behind_the_timings() -> None:
     found = dict(zip(PRICES, fit.prices, strict=True))
     for work in (PROMPT, DECODE, MIXED, Work.of([Slice(0, 0, 4000)])):
         assert seconds_of(work, found) == pytest.approx(seconds_of(work), rel=0.03)
+
+
+def test_a_mixed_step_is_not_a_decode_step_and_a_piece() -> None:
+    """Decode steps run in another way than steps that hold a piece of a prompt. With one price for both,
+    what is measured of the first is charged to the second: `chunked` was up to 43% off."""
+    decode, piece = Work.decode(8, 2000), Work.of([Slice(0, 256, 24, False)])
+    extra = seconds_of(decode + piece) - seconds_of(decode)
+    assert extra > 1.2 * (seconds_of(piece) - TRUE["step"])
+    timings = [Timing(s.work, seconds_of(s.work)) for s in steps_to_measure(4096, 64, 2**20)]
+    found = dict(zip(PRICES, fit_prices(timings).prices, strict=True))
+    assert seconds_of(decode, found) == pytest.approx(seconds_of(decode), rel=0.01)
+    assert seconds_of(decode + piece, found) == pytest.approx(seconds_of(decode + piece), rel=0.01)
+
+
+def test_a_profile_without_prices_of_decode_steps_is_priced_as_it_was() -> None:
+    values = a_device()
+    for line in values["steps"]["prices"].values():
+        for name in DECODE_PRICES:
+            del line[name]
+    steps = read_device(values, "x").steps
+    assert steps is not None
+    work = Work.decode(40, 9000)
+    expected = 1e-2 + 24e-4 + 2e-3 + 5e-5 * 38 + 4e-7 * 9040
+    assert ProfiledCost(steps).seconds(work, 2) == pytest.approx(expected)
 
 
 def test_a_longer_prompt_than_any_measured_is_not_free() -> None:
