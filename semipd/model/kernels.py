@@ -11,6 +11,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 TILES, FLOATS, QUANTIZED = range(3)  # kinds of linear layers (csrc/linear.h)
-_LINEAR = (
+_LINEAR: tuple[tuple[str, Any], ...] = (
     *((name, _LONG) for name in ("kind", "level", "inputs", "outputs", "pairs", "gated")),
     ("weight", _POINTER),
     ("bias", _POINTER),
