@@ -55,7 +55,7 @@ from benchmarks.peers.tasks import (
     random_prompts,
     small_task,
 )
-from benchmarks.peers.worker import PeerFailed, Worker, busy_seconds, memory
+from benchmarks.peers.worker import PeerFailed, Worker, busy_seconds, end_in_order, memory
 from benchmarks.shapes import SHAPES
 
 PARTS = ("decode", "prefill", "mixed", "start", "small")
@@ -292,6 +292,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    end_in_order()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "models"
         folder.mkdir(parents=True, exist_ok=True)

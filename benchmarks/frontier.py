@@ -33,12 +33,11 @@ from benchmarks.machine import describe
 from benchmarks.peers.engines import Engines
 from benchmarks.peers.servers import Remote, free_port, running, server
 from benchmarks.peers.tasks import random_prompts, worst_gap
-from benchmarks.peers.worker import PeerFailed
+from benchmarks.peers.worker import PeerFailed, end_in_order
 from benchmarks.shapes import SHAPES
 from semipd.bench.measure import Record
 
 LENGTH = 4096
-SHAPE = "0.5b"
 
 
 @dataclass(frozen=True)
@@ -54,22 +53,25 @@ class Setting:
 def settings(cores: int) -> dict[str, Setting]:
     """Every setting by name."""
     found = []
+
+    def add(name: str, engine: str, curve: str, *knobs: object) -> None:
+        found.append(Setting(name, engine, curve, tuple(map(str, knobs))))
+
     for prefill in range(1, cores):
         split = f"{prefill},{cores - prefill}"
-        found.append(Setting(f"semipd split {split}", "semipd", "semipd", ("--split", f"static:{split}")))
+        add(f"semipd split {split}", "semipd", "semipd", "--split", f"static:{split}")
     for tokens in (16, 32, 64, 128, 256, 512, 1024):
-        knobs = ("--policy", "chunked", "--chunk-tokens", str(tokens))
-        found.append(Setting(f"semipd chunk {tokens}", "semipd", "semipd", knobs))
+        knobs = ("--policy", "chunked", "--chunk-tokens", tokens)
+        add(f"semipd chunk {tokens}", "semipd", "semipd", *knobs)
     for ttft, tpot in (("10s", "60ms"), ("4s", "100ms"), ("2s", "200ms"), ("1s", "1s")):
-        knobs = ("--split", "auto", "--ttft-slo", ttft, "--tpot-slo", tpot)
-        found.append(Setting(f"semipd auto {ttft} {tpot}", "semipd", "semipd auto", knobs))
+        targets = ("--split", "auto", "--ttft-slo", ttft, "--tpot-slo", tpot)
+        add(f"semipd auto {ttft} {tpot}", "semipd", "semipd auto", *targets)
     for engine in ("vllm", "vllm-eager"):
         for tokens in (32, 64, 128, 256, 512, 1024, 2048):
-            knobs = ("--max-num-batched-tokens", str(tokens))
-            found.append(Setting(f"{engine} {tokens}", engine, engine, knobs))
+            add(f"{engine} {tokens}", engine, engine, "--max-num-batched-tokens", tokens)
     for engine in ("llama-bf16", "llama-q8_0"):
         for tokens in (32, 64, 128, 256, 512, 2048):
-            found.append(Setting(f"{engine} {tokens}", engine, engine, ("--batch", str(tokens))))
+            add(f"{engine} {tokens}", engine, engine, "--batch", tokens)
     return {setting.name: setting for setting in found}
 
 
@@ -81,12 +83,16 @@ DEFAULT = (
 )
 
 
+def length_of(shape: str) -> int:
+    return min(LENGTH, int(SHAPES[shape]["max_position_embeddings"]))
+
+
 async def measure(remote: Remote, options: argparse.Namespace) -> dict[str, Any]:
     """Streams, then prompts among them. Raises PeerFailed."""
     vocabulary = remote.vocabulary
     warm = random_prompts([128] * options.streams + [options.prompt], vocabulary, "warm")
     await asyncio.gather(*(remote.complete(prompt, 8) for prompt in warm))
-    tokens = LENGTH - options.context
+    tokens = length_of(options.shape) - options.context
     prompts = random_prompts([options.context] * options.streams, vocabulary, "streams")
     records = [Record(time.perf_counter(), len(prompt), tokens) for prompt in prompts]
     async with asyncio.TaskGroup() as group:
@@ -134,9 +140,10 @@ async def run_setting(
 ) -> dict[str, Any]:
     """Start the server, measure, end it. Raises PeerFailed."""
     port = free_port()
-    launch = server(engines, setting.engine, SHAPE, port, setting.knobs, LENGTH)
+    shape = options.shape
+    launch = server(engines, setting.engine, shape, port, setting.knobs, length_of(shape))
     log = logs / f"{setting.name.replace(' ', '-')}.log"
-    cores, vocabulary = engines.cores_of(setting.engine), SHAPES[SHAPE]["vocab_size"]
+    cores, vocabulary = engines.cores_of(setting.engine), SHAPES[shape]["vocab_size"]
     try:
         async with (
             asyncio.timeout(options.seconds),
@@ -157,7 +164,7 @@ def show(rows: list[dict[str, Any]], left_out: dict[str, str]) -> None:
     for row in rows:
         cells = (f"{row['ttft_s']:.2f}", f"{row['worst_gap_ms']:.0f}", f"{row['quiet_itl_ms']:.1f}")
         table.add_row(row["setting"], *cells, f"{row['output_tokens_per_s']:.0f}")
-    console = Console()
+    console = Console(width=110)
     console.print(table)
     for name, why in left_out.items():
         console.print(f"left out: {name}, {why}", markup=False)
@@ -184,6 +191,7 @@ def parse(known: dict[str, Setting]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON")
+    add("--shape", choices=("0.5b", "12m"), default="0.5b")
     add("--only", nargs="*", default=list(DEFAULT), metavar="SETTING", help="a setting, or an engine's all")
     add("--prompts", type=int, default=3, help="prompts of a setting")
     add("--every", type=float, default=6.0, help="seconds between them")
@@ -206,6 +214,7 @@ def parse(known: dict[str, Setting]) -> argparse.Namespace:
 def main() -> int:
     cores = sorted(os.sched_getaffinity(0))
     options = parse(settings(len(cores)))
+    end_in_order()
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     until = time.monotonic() + 60 * options.minutes

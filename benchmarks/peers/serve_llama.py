@@ -35,7 +35,7 @@ def handler(submitted: queue.SimpleQueue[Submission]) -> type[BaseHTTPRequestHan
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(200 if self.path == "/health" else 404)
             self.send_header("Content-Length", "0")
             self.end_headers()
 

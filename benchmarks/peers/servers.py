@@ -1,6 +1,6 @@
 """Every engine as an HTTP server with streaming completions: how it is started, and one client of it.
 
-What is asked: POST /v1/completions with token ids, greedy, to the full length, as a stream; GET /health.
+What is asked: POST /v1/completions with token ids, greedy, to the full length, as a stream.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from semipd.bench.http import Client, Endpoint, HttpError
 from semipd.bench.measure import Record
 from semipd.bench.payload import Stream, body
 
+MODEL = "model"  # its name in every server
 _POLL_SECONDS = 0.02
 STREAMS, CONTEXT = 8, 512  # whose memory is told
 
@@ -38,11 +39,11 @@ def server(
         command = [engines.python(name), "-m", "semipd.cli", "serve", folder, "--log-level", "error"]
         for setting, value in engines.own(name.partition("@")[0]).items():
             command += [f"--{setting.replace('_', '-')}", str(value)]
-        command += ["--max-model-len", str(length)]
+        command += ["--max-model-len", str(length), "--served-model-name", MODEL]
     elif family == "vllm":
         del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
         command = [engines.python(name), "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-        command += ["--served-model-name", "model", "--dtype", "bfloat16", "--max-model-len", str(length)]
+        command += ["--served-model-name", MODEL, "--dtype", "bfloat16", "--max-model-len", str(length)]
         command += ["--max-num-seqs", "64" if not knobs else "16"]
         command += ["--enforce-eager"] if name.startswith("vllm-eager") else []
     elif family == "llama":
@@ -66,17 +67,18 @@ class Remote:
         record = record or Record(time.perf_counter(), len(prompt), tokens)
         stream = Stream(record)
         request = self.client.encode(
-            "POST", "/v1/completions", body("completions", "model", list(prompt), tokens, True)
+            "POST", "/v1/completions", body("completions", MODEL, list(prompt), tokens, True)
         )
         record.sent = time.perf_counter()
         try:
             answer = await self.client.send(request, stream.feed)
         except HttpError as error:
             raise PeerFailed(str(error)) from None
+        if answer.status != 200:
+            raise PeerFailed(f"HTTP {answer.status}: {answer.body[:200].decode(errors='replace')}")
         stream.finish()
-        if answer.status != 200 or record.error:
-            why = record.error or answer.body[:200].decode(errors="replace")
-            raise PeerFailed(f"HTTP {answer.status}: {why} {record.detail}")
+        if record.error:
+            raise PeerFailed(f"{record.error} {record.detail}")
         return record
 
 
@@ -89,7 +91,7 @@ async def running(
     client = Client(Endpoint.parse(f"http://127.0.0.1:{port}"))
     try:
         until = time.monotonic() + seconds
-        while not await _healthy(client):
+        while not await _ready(client):
             if process.poll() is not None:
                 raise PeerFailed(f"the server ended: {last_line(log)}")
             if time.monotonic() > until:
@@ -101,9 +103,11 @@ async def running(
         await asyncio.to_thread(end, process)
 
 
-async def _healthy(client: Client) -> bool:
+async def _ready(client: Client) -> bool:
+    """This engine's /health tells that it lives, /ready that it serves; the others have only /health."""
     with contextlib.suppress(HttpError):
-        return (await client.get("/health")).status == 200
+        status = (await client.get("/ready")).status
+        return status == 200 or (status == 404 and (await client.get("/health")).status == 200)
     return False
 
 

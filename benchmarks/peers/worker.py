@@ -9,6 +9,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+
+from semipd.execute.linux import die_with_parent
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -48,6 +51,7 @@ class Launch:
             environment.pop(name, None)
             if value is not None:
                 environment[name] = value
+        parent = os.getpid()
         with log.open("ab") as errors:
             return subprocess.Popen(
                 list(self.command),
@@ -55,9 +59,15 @@ class Launch:
                 cwd=ROOT,
                 stderr=errors,
                 start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, cores),
+                preexec_fn=lambda: _prepare(parent, cores),
                 **pipes,
             )
+
+
+def _prepare(parent: int, cores: Sequence[int]) -> None:
+    """In the new process: it ends with the benchmark, however that ends."""
+    die_with_parent(parent)
+    os.sched_setaffinity(0, cores)
 
 
 def _plain(text: str) -> str:
@@ -134,6 +144,11 @@ class Worker:
 
     def _why(self) -> str:
         return f"it ended: {last_line(self.log)}"
+
+
+def end_in_order() -> None:
+    """Let SIGTERM end this process as an exception does, so that it ends its engines."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def last_line(log: Path) -> str:
