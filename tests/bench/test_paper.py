@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from benchmarks import paper, sensitivity
 from benchmarks.paper_cases import CASES, fixed_ways, policy_of, ways
 from benchmarks.paper_plot import plot_curves, plot_goodput
-from benchmarks.paper_table import document, goodput_table, order_table
+from benchmarks.paper_table import document, goodput_table, grouped, order_table
 from benchmarks.search import GOAL, HIGHEST, LOWEST, goodput_index, rate_at
 from semipd.bench.scenario import Scenario, simulate
 from semipd.config import PolicyConfig
@@ -112,6 +113,13 @@ def test_the_best_fixed_way_is_one_way_for_all_seeds_and_ratios_are_taken_seed_b
     plot_goodput(cells, tmp_path / "goodput.png")
     plot_curves(cells, tmp_path / "curves.png")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_seed_that_was_only_screened_does_not_join_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    rows = [cell("auto", 1, 9.0) | {"requests": 400}, cell("auto", 2, 8.0), cell("auto", 2, 7.0)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["goodput"] for row in grouped(path)["8b-sharegpt", "tight"]["auto"].values()] == [7.0]
 
 
 def test_the_varied_engine_is_the_simulator_when_nothing_is_varied_and_slower_when_it_should_be() -> None:
