@@ -32,6 +32,7 @@ def plot_goodput(cells: Cells, path: Path) -> None:
     shown = {key: ways for key, ways in cells.items() if "auto" in ways}
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(shown) + 1.6))
     for row, ways in enumerate(reversed(shown.values())):
+        most = max(cell["requests"] for cell in ways["auto"].values())
         ours = {seed: cell["goodput"] for seed, cell in ways["auto"].items()}
         for way, rows in ways.items():
             kind = kind_of(way)
@@ -39,11 +40,15 @@ def plot_goodput(cells: Cells, path: Path) -> None:
             if values and not way.endswith((SHORTEST, ARRIVAL)):
                 color, marker = COLORS.get(kind, "tab:gray"), "D" if kind == "auto" else "o"
                 axes.plot([min(values), max(values)], [row, row], color=color, alpha=0.4)
-                axes.plot(statistics.median(values), row, marker, color=color, label=kind)
+                seen = min(cell["requests"] for cell in rows.values())
+                fill = color if seen >= most else "none"
+                axes.plot(
+                    statistics.median(values), row, marker, color=color, markerfacecolor=fill, label=kind
+                )
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_yticks(range(len(shown)), [f"{case}, {slo}" for case, slo in reversed(shown)], fontsize=8)
-    axes.set(xlabel="goodput over auto's (further right is better)")
+    axes.set(xlabel="goodput over auto's (further right is better; hollow: screened with fewer requests)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -69,21 +74,22 @@ def plot_curves(cells: Cells, path: Path) -> None:
         below.set(xlabel="requests per second", yscale="log")
     panels[0][0].set(ylabel="attainment")
     panels[1][0].set(ylabel="mean latency, s")
-    panels[0][0].legend(fontsize=7, loc="lower left")
+    panels[0][0].legend(fontsize=6, loc="lower left", framealpha=0.5)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
 def best_of_kinds(ways: dict[str, dict[int, dict[str, Any]]]) -> dict[str, str]:
-    """Kind -> its way with the best median goodput, auto last so that it is drawn on top."""
-    best: dict[str, tuple[float, str]] = {}
+    """Kind -> its way with the best median goodput among those with most requests; auto last, on top."""
+    best: dict[str, tuple[int, float, str]] = {}
     for way, rows in ways.items():
         kind = kind_of(way)
-        rate = statistics.median(cell["goodput"] for cell in rows.values())
-        if not way.endswith((SHORTEST, ARRIVAL)) and rate > best.get(kind, (0.0, ""))[0]:
-            best[kind] = (rate, way)
-    return {kind: best[kind][1] for kind in sorted(best, key=lambda kind: kind == "auto")}
+        requests = min(cell["requests"] for cell in rows.values())
+        found = (requests, statistics.median(cell["goodput"] for cell in rows.values()), way)
+        if not way.endswith((SHORTEST, ARRIVAL)) and found > best.get(kind, (0, 0.0, "")):
+            best[kind] = found
+    return {kind: best[kind][2] for kind in sorted(best, key=lambda kind: kind == "auto")}
 
 
 def attainments(rows: dict[int, dict[str, Any]]) -> dict[float, float]:
