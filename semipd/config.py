@@ -11,10 +11,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
 from semipd.core.errors import ConfigError
+from semipd.units import parse_seconds, parse_size
 
 POLICIES = ("semi-pd", "prefill-first", "chunked", "disaggregated")
 PROMPT_ORDERS = ("fcfs", "shortest")
@@ -28,36 +28,7 @@ MAX_CLASSES = 16
 NEUTRAL_CLASSES = ("auto", "default")  # names that a request may give to say nothing
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-_SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
-_TIME = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|m|h|)\s*$", re.IGNORECASE)
 _CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def parse_size(text: str | int) -> int:
-    """A count or a number of bytes: 4096, "32K" (1,024s: K and Ki are the same), "2GiB".
-
-    A fraction needs a unit, of which it leaves whole ones. Raises ConfigError."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        return text
-    match = _SIZE.match(str(text))
-    if not match:
-        raise ConfigError(f"{text!r} is not a size; write 4096, 32K or 2GiB")
-    power = " kmgt".index(match[2].lower() or " ")
-    size = Decimal(match[1]) * 1024**power
-    if not power and size != int(size):
-        raise ConfigError(f"{text!r} is not a whole number")
-    return int(size)
-
-
-def parse_seconds(text: str | float) -> float:
-    """A time in seconds: 0.3, "300ms", "2m". A bare number is seconds. Raises ConfigError."""
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        return float(text)
-    match = _TIME.match(str(text))
-    if not match:
-        raise ConfigError(f"{text!r} is not a time; write 0.3, 300ms or 2m")
-    return float(match[1]) * _SECONDS[match[2].lower()]
 
 
 @dataclass(frozen=True, slots=True)

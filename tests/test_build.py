@@ -20,8 +20,6 @@ from semipd.config import (
     PolicyConfig,
     Setting,
     from_mapping,
-    parse_seconds,
-    parse_size,
     settings,
 )
 from semipd.core.auto import Auto
@@ -32,6 +30,7 @@ from semipd.execute.cpu import cpu_device
 from semipd.execute.sim import FixedCost
 from semipd.model.folder import default_model
 from semipd.model.spec import load_spec
+from semipd.units import parse_seconds, parse_size
 
 
 @pytest.mark.parametrize(

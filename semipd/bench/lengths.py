@@ -18,9 +18,9 @@ from typing import Protocol
 import numpy as np
 
 from semipd.bench.workload import Counts, Lengths
-from semipd.config import parse_size
 from semipd.core.errors import ConfigError
 from semipd.trace import MAX_TOKENS
+from semipd.units import parse_size
 
 
 class Side(Protocol):

@@ -163,17 +163,22 @@ def describe(
         "sequence_seconds": sequence_seconds,
         "source": f"semipd profile on {_cpu_name()}, {_today()}; peak and bandwidth as achieved by steps",
         "steps": write_profile(steps),
-        "fit": {
-            "error_by_units": {
-                str(count): {
-                    "median": round(fit.median_error, 4),
-                    "largest": round(fit.largest_error, 4),
-                    "held_out_median": round(fit.held_out, 4),
-                }
-                for count, fit in fits.items()
-            },
-            "slowdown_spread": {f"{s.prefill}:{s.decode}": round(s.spread, 3) for s in slowdowns},
+        "fit": _fit_entries(fits, slowdowns),
+    }
+
+
+def _fit_entries(fits: dict[int, Fit], slowdowns: list[Slowdown]) -> dict[str, Any]:
+    """How far the file is from what was measured."""
+    return {
+        "error_by_units": {
+            str(count): {
+                "median": round(fit.median_error, 4),
+                "largest": round(fit.largest_error, 4),
+                "held_out_median": round(fit.held_out, 4),
+            }
+            for count, fit in fits.items()
         },
+        "slowdown_spread": {f"{s.prefill}:{s.decode}": round(s.spread, 3) for s in slowdowns},
     }
 
 
@@ -230,11 +235,14 @@ def measure_gpu(model: str | None, options: ProfileOptions) -> tuple[dict[str, A
     folder = model_folder(model)
     backend = CudaBackend()
     _, memory = backend.memory()
-    chosen = {"dtype": options.dtype, "load_format": options.load_format}
-    raw = profile_gpu(backend, folder, **chosen, say=lambda line: print(line, file=sys.stderr, flush=True))
+    raw = profile_gpu(backend, folder, dtype=options.dtype, load_format=options.load_format, say=_say)
     spec = load_spec(folder)
     itemsize = 4 if (spec.dtype if options.dtype == "auto" else options.dtype) == "float32" else 2
     return raw, device_entries(raw, spec, itemsize, memory)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def picture_folder(path: str) -> Path:

@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from semipd.config import parse_seconds
 from semipd.core.errors import ConfigError
 from semipd.trace import Arrival
+from semipd.units import parse_seconds
 
 MAX_RATE = 1e6
 CHUNK = 1024

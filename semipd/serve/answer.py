@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from semipd.config import parse_seconds
 from semipd.core.errors import ConfigError, Refused, SemipdError
 from semipd.serve.errors import ApiError, body_of
 from semipd.serve.gate import Limits, Ticket
@@ -23,6 +22,7 @@ from semipd.serve.replies import DONE, ChatReply, Choice, CompletionReply, Usage
 from semipd.serve.schema import ChatBody, CompletionBody, StreamOptions, parse
 from semipd.serve.service import Service
 from semipd.serve.text import Delta
+from semipd.units import parse_seconds
 
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
