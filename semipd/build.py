@@ -21,7 +21,7 @@ from semipd.core.errors import ConfigError
 from semipd.core.kv import BlockPool
 from semipd.core.order import PromptWork
 from semipd.core.partition import Paper, Shared, Static, Targets
-from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
+from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD, observers_of
 from semipd.core.ports import CostModel, Executor, Observer, Policy
 from semipd.core.types import Device, Lane, Split
 from semipd.execute.choose import has_gpu
@@ -113,7 +113,7 @@ def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) 
         MonotonicClock(),
         max_sequences=settings.policy.max_num_seqs,
         max_length=max_length,
-        observers=(*observers, *([policy] if callable(policy) else [])),
+        observers=(*observers, *observers_of(policy)),
     )
 
 
@@ -207,7 +207,7 @@ def build_simulation(
         clock,
         max_sequences=settings.max_num_seqs,
         max_length=min(spec.max_positions, blocks * block_size),
-        observers=(*observers, *([policy] if callable(policy) else [])),
+        observers=(*observers, *observers_of(policy)),
     )
     return engine, clock
 

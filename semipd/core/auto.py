@@ -80,7 +80,7 @@ class Auto:
         work: PromptWork | None = None,
         chunks: Sequence[int] = (64, 128, 256, 512, 1024, 2048),
     ) -> None:
-        self._limits, self._device, self._cost = limits, device, cost
+        self.limits, self._device, self._cost = limits, device, cost
         self._targets, self._chunks = targets, tuple(chunks)
         self._work = work or PromptWork(cost, device.units)
         self._lengths = LengthPredictor()
@@ -124,7 +124,7 @@ class Auto:
         run = self._running.get(Lane.PREFILL)
         done = (now - run[1]) / max(run[2] * self._slowness[Lane.PREFILL], 1e-9) if run else 0.0
         self._work.step_left = max(1.0 - done, 0.05)  # as predicted; never quite nothing
-        order = self._limits.order_at(now)
+        order = self.limits.order_at(now)
         prompts = self._prompts(live, order, now)
         if not prompts and not live.busy(Lane.PREFILL):
             way = Way(0, units, 0, 0.0, 0.0)
@@ -138,7 +138,7 @@ class Auto:
         self, way: Way, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], order: Order | None
     ) -> Plan:
         """Do what the fixed way would do, on the lanes that have room."""
-        limits, units = self._limits, self._device.units
+        limits, units = self.limits, self._device.units
         slices: dict[Lane, Sequence[Slice]] = {}
         if way.decode and Lane.DECODE in idle:
             slices[Lane.DECODE] = decodes = decode_slices(live, kv[Lane.DECODE], limits.batch)
@@ -255,17 +255,16 @@ class Auto:
         if table is None:
             self._tables = self._tables if len(self._tables) < 2048 else {}
             table = self._tables[key] = []
-            ways = self._ways(Work.decode(len(live.decoding), context), start, max(tokens, 16))
+            work = Work.decode(len(live.decoding), context)
+            ways = self._ways(work, start, max(tokens, 16), prefilling, decoding)
             for way in sorted(ways, key=lambda way: (-way.rate, way.step)):
-                # A lane with a step in flight must not be left without units.
-                possible = way.prefill >= prefilling and way.decode >= decoding
-                if possible and (not table or way.step < table[-1].step):
+                if not table or way.step < table[-1].step:
                     table.append(way)
         return table
 
     def _next_prompt(self, live: Live) -> tuple[int, int]:
         """(start, tokens) of the prefill step that runs or would come next."""
-        most = self._limits.prefill_tokens
+        most = self.limits.prefill_tokens
         if flights := live.flights[Lane.PREFILL]:
             _, start, count, _ = flights[0].batch.slices[0]
             return start, count
@@ -274,17 +273,20 @@ class Auto:
         queue = started or itertools.islice(live.waiting, 4)
         return start, min(sum(request.known - request.planned for request in queue), most)
 
-    def _ways(self, decode: Work, start: int, tokens: int) -> list[Way]:
-        """Every candidate for this decode batch beside a prefill step."""
+    def _ways(self, decode: Work, start: int, tokens: int, prefilling: bool, decoding: bool) -> list[Way]:
+        """Every candidate for this decode batch beside a prefill step. A lane with a step in flight
+        (prefilling, decoding) must not be left without units."""
         units, seconds = self._device.units, self._cost.seconds
         slow_first, slow_next = self._slowness[Lane.PREFILL], self._slowness[Lane.DECODE]
         prompt = Work.of((Slice(0, start, tokens),))
         whole = seconds(prompt, units) * slow_first
-        ways = [Way(units, 0, 0, 1.0, math.inf), Way(0, units, 0, 0.0, seconds(decode, units) * slow_next)]
+        ways = [] if decoding else [Way(units, 0, 0, 1.0, math.inf)]
+        if not prefilling:
+            ways.append(Way(0, units, 0, 0.0, seconds(decode, units) * slow_next))
         for first, second in (*self._device.legal_splits, (units, units)):
             rate = whole / (seconds(prompt, first, decode, second) * slow_first)
             ways.append(Way(first, second, 0, rate, seconds(decode, second, prompt, first) * slow_next))
-        for chunk in self._chunks:
+        for chunk in () if prefilling else self._chunks:
             size = min(chunk - decode.sequences, tokens)
             if size > 0:
                 step = seconds(decode + Work.of((Slice(0, start, size),)), units) * slow_next

@@ -10,7 +10,7 @@ from semipd.core.batching import decode_slices, first_waiting, prefill_slices, t
 from semipd.core.live import Live
 from semipd.core.order import Order, PromptOrder
 from semipd.core.partition import Window, WindowCollector
-from semipd.core.ports import Controller, KVManager
+from semipd.core.ports import Controller, KVManager, Observer, Policy
 from semipd.core.types import Event, Lane, Plan, Slice, Split
 
 
@@ -32,6 +32,13 @@ class Limits:
         return self.order(now) if self.order is not None else None
 
 
+def observers_of(policy: Policy) -> list[Observer]:
+    """The parts of a policy that learn from events: the policy itself and its admission, where they do."""
+    limits: Limits | None = getattr(policy, "limits", None)
+    parts: list[object] = [policy, limits.admission if limits is not None else None]
+    return [part for part in parts if callable(part)]
+
+
 class SemiPD:
     """Prefill and decode run at the same time, each on its share; a lone phase has the whole device.
 
@@ -40,7 +47,7 @@ class SemiPD:
     """
 
     def __init__(self, limits: Limits, controller: Controller) -> None:
-        self._limits = limits
+        self.limits = limits
         self._controller = controller
         self._windows = WindowCollector()
         self._split = controller.split(Window(), Split.lone(Lane.DECODE, limits.units))
@@ -50,7 +57,7 @@ class SemiPD:
         self._windows.add(event)
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
-        limits = self._limits
+        limits = self.limits
         if (window := self._windows.close(self._split, now)) is not None:
             self._split = self._controller.split(window, self._split)
         slices: dict[Lane, Sequence[Slice]] = {}
@@ -72,17 +79,17 @@ class SemiPD:
     def _share(self, prefill: bool, decode: bool) -> Split:
         if prefill and decode:
             return self._split
-        return Split.lone(Lane.PREFILL if prefill else Lane.DECODE, self._limits.units)
+        return Split.lone(Lane.PREFILL if prefill else Lane.DECODE, self.limits.units)
 
 
 class PrefillFirst:
     """One phase at a time on the whole device, prompts before tokens: the classic unified engine."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
-        limits = self._limits
+        limits = self.limits
         if live.busy(Lane.PREFILL):
             return Plan(Split.lone(Lane.PREFILL, limits.units), {})
         if live.prefilling or (live.waiting and live.has_free_slot):
@@ -114,12 +121,12 @@ class Chunked:
     (Sarathi-Serve). `long_prompt`: at most this many tokens of one prompt in a step (0: no limit)."""
 
     def __init__(self, limits: Limits, chunk_tokens: int, long_prompt: int = 0) -> None:
-        self._limits = limits
+        self.limits = limits
         self._chunk_tokens = chunk_tokens
         self._long_prompt = long_prompt
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
-        limits = self._limits
+        limits = self.limits
         split = Split.lone(Lane.DECODE, limits.units)
         if Lane.DECODE not in idle:
             return Plan(split, {})
@@ -141,10 +148,10 @@ class Disaggregated:
     prompt's KV copied from one to the other. `split` is what each side owns, always."""
 
     def __init__(self, limits: Limits, split: Split) -> None:
-        self._limits, self._split = limits, split
+        self.limits, self._split = limits, split
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
-        limits = self._limits
+        limits = self.limits
         slices: dict[Lane, Sequence[Slice]] = {}
         if Lane.DECODE in idle and live.decoding:
             slices[Lane.DECODE] = decode_slices(live, kv[Lane.DECODE], limits.batch)

@@ -129,16 +129,21 @@ class StepCost:
             return host, 0.0, 0.0, 0.0, 0.0
         seconds, memory_slope, compute_slope = self._linears.at(tokens, units)
         seconds += host
-        for piece, curve in (
-            (sampled, self._head),
-            (prompts, self._prompts),
-            (singles, self._singles),
-        ):
-            if piece is not None:
-                now, slower, busier = curve.at(piece, units)  # type: ignore[arg-type]  # its own kind
-                seconds += now
-                memory_slope += slower
-                compute_slope += busier
+        if sampled is not None:
+            a, b, c = self._head.at(sampled, units)
+            seconds += a
+            memory_slope += b
+            compute_slope += c
+        if prompts is not None:
+            a, b, c = self._prompts.at(prompts, units)
+            seconds += a
+            memory_slope += b
+            compute_slope += c
+        if singles is not None:
+            a, b, c = self._singles.at(singles, units)
+            seconds += a
+            memory_slope += b
+            compute_slope += c
         return seconds, memory_slope, compute_slope, moved, flops
 
     def _attention_pieces(self, work: Work, scale: float) -> tuple[Piece | None, Piece | None]:

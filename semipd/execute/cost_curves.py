@@ -156,8 +156,9 @@ class TokenCurve:
     def parts(self, amount: float, units: float) -> dict[str, float]:
         """Seconds by item name, without the grid."""
         result: dict[str, float] = {}
+        scale = Scale(self._device, units)
         for item in self.items:
-            load = self._item_load(item, amount, item.whole_seconds(self._device, amount), units)
+            load = self._item_load(item, amount, item.whole_seconds(self._device, amount), scale)
             result[item.name] = result.get(item.name, 0.0) + load.seconds
         return result
 
@@ -166,21 +167,22 @@ class TokenCurve:
         if units in self._tables:
             return self._tables[units]
         rows = self._tables[units] = []
+        scale = Scale(self._device, units)
         for index, amount in enumerate(self._amounts):
             items = zip(self.items, self._whole, strict=True)
-            loads = [self._item_load(item, amount, whole[index], units) for item, whole in items]
+            loads = [self._item_load(item, amount, whole[index], scale) for item, whole in items]
             columns = (sum(column) for column in zip(*loads, strict=True))
             seconds, memory_slope, compute_slope, moved, flops = columns
             rows.append((seconds, memory_slope, compute_slope, moved, flops))
         return rows
 
-    def _item_load(self, item: Item, amount: float, whole: float, units: float) -> Load:
+    def _item_load(self, item: Item, amount: float, whole: float, scale: Scale) -> Load:
         if item.fixed:
             return Load(item.count * whole, 0.0, 0.0, 0.0, 0.0)
         demand = item.demand(amount)
         share = self._device.ceiling_bandwidth / self._device.memory_bandwidth
         kernel = item.kernel or Kernel(item.overhead, (), 1.0, share)
-        return Scale(self._device, units).load(demand, whole, demand, kernel, item.count)
+        return scale.load(demand, whole, demand, kernel, item.count)
 
 
 class Affine:
