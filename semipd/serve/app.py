@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from semipd.serve import errors
 from semipd.serve.answer import Answer, read_body
 from semipd.serve.edge import Edge
-from semipd.serve.errors import ApiError
+from semipd.serve.errors import ApiError, ErrorBody
 from semipd.serve.gate import Ticket
 from semipd.serve.guard import Guard
 from semipd.serve.prometheus import render
@@ -27,7 +27,14 @@ def create_app(
     service: Service, version: str, api_key: str | None = None, metrics_alias: str | None = None
 ) -> FastAPI:
     """The API of one served model. metrics_alias: a second prefix of the metrics."""
-    app = FastAPI(title="semipd", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="semipd",
+        version=version,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={"default": {"description": "An error", "content": _content("ErrorBody")}},
+    )
     app.add_middleware(Guard, key=api_key)
     app.add_middleware(Edge)  # around the guard
     errors.install(app)
@@ -138,7 +145,7 @@ def _add_state(app: FastAPI, service: Service, version: str) -> None:
 def _add_metrics(app: FastAPI, service: Service, alias: str | None) -> None:
     session = service.session
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
         service.engine()
@@ -155,13 +162,16 @@ def _json(value: Any) -> Response:
 
 def _takes(schema: str) -> dict[str, Any]:
     """Part of a route's description: its body."""
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"requestBody": {"required": True, "content": _content(schema)}}
+
+
+def _content(schema: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         description = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        description.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas())
+        description.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas(ErrorBody))
         app.openapi_schema = description
     return app.openapi_schema

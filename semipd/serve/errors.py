@@ -26,14 +26,28 @@ class ApiError(SemipdError):
         self.status, self.kind, self.code, self.param = status, kind, code, param
 
 
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """param: the field that is wrong, where it is one's fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """What every answer but a success holds."""
+
+    error: ErrorDetail
+
+
 def body_of(error: Exception) -> tuple[int, bytes]:
     """HTTP status and JSON body for an error."""
     status, kind, code, param = _describe(error)
     message = error.detail if isinstance(error, HTTPException) else str(error)
     if status == 500 and not isinstance(error, SemipdError):
         message = "the server failed; its log says why"
-    detail = {"message": message, "type": kind, "param": param, "code": code}
-    return status, msgspec.json.encode({"error": detail})
+    return status, msgspec.json.encode(ErrorBody(ErrorDetail(message, kind, param, code)))
 
 
 def response_of(error: Exception) -> Response:

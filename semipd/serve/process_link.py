@@ -27,7 +27,7 @@ from semipd.serve.messages import (
 )
 
 ENGINE_MODULE = "semipd.serve.engine_process"
-CLOSE_SECONDS = 3.0
+CLOSE_SECONDS = 2.0  # for an engine that may hang; with the rest of the way out, Ctrl-C keeps to 5 s
 
 
 class ProcessLink:

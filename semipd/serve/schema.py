@@ -304,7 +304,9 @@ def _text(content: str | list[TextPart]) -> str:
     return "\n".join(part.text for part in content)
 
 
-def body_schemas() -> Mapping[str, Any]:
-    """JSON schemas of all bodies, by name, for the API's description."""
-    _, schemas = msgspec.json.schema_components(_KINDS, ref_template="#/components/schemas/{name}")
+def body_schemas(*answers: type[msgspec.Struct]) -> Mapping[str, Any]:
+    """JSON schemas of all bodies and of these answers, by name, for the API's description."""
+    _, schemas = msgspec.json.schema_components(
+        (*_KINDS, *answers), ref_template="#/components/schemas/{name}"
+    )
     return schemas

@@ -129,3 +129,15 @@ def test_every_answer_has_an_id_and_probes_may_use_head(tmp_path: Path) -> None:
             assert made.startswith("req-") and made != client.get("/health").headers["x-request-id"]
         assert client.head("/v1/completions").status_code == 401
         assert client.head("/v1/completions", headers={"Authorization": "Bearer k"}).status_code == 405
+
+
+def test_the_description_covers_every_status(tmp_path: Path) -> None:
+    """A client that is made of it met answers that it does not know."""
+    with serving(make_folder(tmp_path), LiveFake()) as running, running.client() as client:
+        description = client.get("/openapi.json").json()
+        operations = [way for path in description["paths"].values() for way in path.values()]
+        reference = {"$ref": "#/components/schemas/ErrorBody"}
+        for operation in operations:
+            assert operation["responses"]["default"]["content"]["application/json"]["schema"] == reference
+        assert len(operations) == 11 and "ErrorDetail" in description["components"]["schemas"]
+        assert "text/plain" in description["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
