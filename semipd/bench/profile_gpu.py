@@ -1,24 +1,17 @@
-"""From the measurements of `execute.profile_cuda` to a device file that `simulate` and `--split auto` read.
-
-python -m semipd.bench.profile_gpu FOLDER --out gpu.json [--load-format dummy]
-"""
+"""From the measurements of `execute.profile_cuda` to a device file that `simulate` and `--split auto`
+read."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from semipd.bench.step_fit import Timing, fit_prices
-from semipd.core.errors import ConfigError
 from semipd.core.types import Slice, Work
 from semipd.execute.step_profile import Beside, StepProfile, shape_of, write_profile
-from semipd.model.spec import ModelSpec, load_spec
+from semipd.model.spec import ModelSpec
 
 Point = tuple[float, float]  # units, seconds
 
@@ -98,34 +91,3 @@ def _beside(rows: Iterable[Mapping[str, Any]]) -> list[Beside]:
         ):
             worst[key] = max(worst.get(key, 1.0), slowdown)
     return [Beside(*key, slowdown) for key, slowdown in worst.items()]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure this machine's GPU; write a device file.")
-    parser.add_argument("folder", help="model folder; a config.json is enough with --load-format dummy")
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
-    options = parser.parse_args()
-    # Here, so that reading profiles needs no torch.
-    from semipd.execute.cuda_backend import CudaBackend
-    from semipd.execute.profile_cuda import profile_gpu
-
-    try:
-        backend = CudaBackend()
-        _, memory = backend.memory()
-        found = profile_gpu(backend, options.folder, load_format=options.load_format)
-    except ConfigError as error:
-        print(f"semipd: {error}", file=sys.stderr)
-        return 2
-    spec = load_spec(options.folder)
-    itemsize = 4 if spec.dtype == "float32" else 2
-    entries = device_entries(found, spec, itemsize, memory)
-    options.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    raw = options.out.with_suffix(".raw.json")
-    raw.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {options.out} and {raw}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,6 +10,7 @@ hot path it never waits for a stream.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -125,6 +126,10 @@ class CudaExecutor:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            # Graphs go before the partitions that they were captured on, when nothing of them runs.
+            with contextlib.suppress(RuntimeError):
+                self._backend.settle()
+            self.graphs.clear()
             self._backend.close()
 
     def fill_with_noise(self, seed: int = 0) -> None:

@@ -18,12 +18,11 @@ import torch
 from semipd.core.errors import ConfigError
 from semipd.core.types import Lane
 from semipd.execute.backend import Pair, Side
-from semipd.execute.cuda_driver import CannotPartition, GreenContexts
+from semipd.execute.cuda_driver import CannotPartition, GreenContext, GreenContexts, partition_pairs
 from semipd.model.attention_flashinfer import FlashInferOps, load_flashinfer
 from semipd.model.device_model import DeviceModel
 from semipd.model.ops import Ops
 
-MOST_PAIRS = 17
 PROGRAMS_PER_SM = 32  # of the kernel that finds out which SMs a stream has
 
 log = logging.getLogger("semipd")
@@ -89,30 +88,21 @@ class CudaBackend:
             return []
         try:
             self._contexts = GreenContexts(self.device.index)
-            pairs = self._pairs(self._contexts)
+            found = partition_pairs(self._contexts)
         except CannotPartition as error:
             log.warning("the GPU cannot be partitioned, both lanes share it with priorities: %s", error)
             return []
+        pairs = [
+            Pair(*(self._side(context, index) for context in (prefill, decode)))
+            for index, (decode, prefill) in enumerate(found)
+        ]
         for pair in pairs:
             log.debug("partition: prefill %d SMs, decode %d", pair.prefill.units, pair.decode.units)
         return pairs
 
-    def _pairs(self, contexts: GreenContexts) -> list[Pair]:
-        """One split per legal size of decode's side; those where the driver granted another size once."""
-        sizes = contexts.granularity()
-        # As fine as the card allows, but no more than MOST_PAIRS of them: each costs two contexts.
-        step = -(-sizes.total // (MOST_PAIRS * sizes.step)) * sizes.step
-        pairs: dict[int, Pair] = {}
-        for wanted in range(max(sizes.smallest, step), sizes.total - sizes.smallest + 1, step):
-            small, rest = contexts.pair(wanted)
-            index = len(pairs)
-            sides = [
-                Side(torch.cuda.ExternalStream(made.stream, device=self.device), made.units, index)
-                for made in (rest, small)
-            ]
-            if small.units not in pairs:
-                pairs[small.units] = Pair(*(replace(side, sms=self._sms(side)) for side in sides))
-        return list(pairs.values())
+    def _side(self, context: GreenContext, index: int) -> Side:
+        side = Side(torch.cuda.ExternalStream(context.stream, device=self.device), context.units, index)
+        return replace(side, sms=self._sms(side))
 
     def _sms(self, side: Side) -> frozenset[int] | None:
         """The SMs of a side, or None when as many as granted were not seen."""
@@ -215,6 +205,8 @@ class CudaBackend:
             torch.cuda.synchronize(self.device)
         except RuntimeError:
             return  # the context is gone, and with it all that could be given back
+        # cuBLAS keeps a workspace for each stream that it ever saw, under the stream's address.
+        torch._C._cuda_clearCublasWorkspaces()
         if self._contexts is not None:
             self._contexts.close()
             self._contexts = None

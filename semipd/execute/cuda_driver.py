@@ -7,10 +7,14 @@ afresh for each side gives partitions that overlap.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 LOW, HIGH = 0, -1  # stream priorities; decode has the higher one
+MOST_PAIRS = 17
+
+log = logging.getLogger("semipd")
 
 
 class CannotPartition(RuntimeError):
@@ -90,6 +94,32 @@ class GreenContexts:
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise CannotPartition(f"{name}: {getattr(code, 'name', code)}")
         return tuple(results)
+
+
+def partition_pairs(contexts: GreenContexts) -> list[tuple[GreenContext, GreenContext]]:
+    """(decode's side, prefill's side) for every legal size of decode's, as granted, rising; at most
+    MOST_PAIRS of them, since each costs two contexts. Sizes far apart are made first, so that a driver that
+    has no room for more leaves a useful table, and one line in the log. Raises CannotPartition when there
+    is room for none."""
+    sizes = contexts.granularity()
+    step = -(-sizes.total // (MOST_PAIRS * sizes.step)) * sizes.step
+    wanted = list(range(max(sizes.smallest, step), sizes.total - sizes.smallest + 1, step))
+    if not wanted:
+        raise CannotPartition(f"{sizes.total} SMs do not make two partitions of {sizes.smallest}")
+    wanted.sort(key=lambda units: [units // step % stride != 0 for stride in (8, 4, 2)])
+    pairs: dict[int, tuple[GreenContext, GreenContext]] = {}
+    for units in wanted:
+        if units in pairs:
+            continue  # the driver granted as many when fewer were wanted
+        try:
+            made = contexts.pair(units)
+        except CannotPartition as error:
+            if not pairs:
+                raise
+            log.warning("no more than %d partitions can be made: %s", len(pairs), error)
+            break
+        pairs.setdefault(made[0].units, made)
+    return [pairs[units] for units in sorted(pairs)]
 
 
 def _bindings() -> Any:

@@ -106,6 +106,11 @@ class DecodeGraphs:
         log.debug("graph of %d rows on %d SMs: %.1f MiB", rows, side.units, (before - after) / 2**20)
         return True
 
+    def clear(self) -> None:
+        """Forget all graphs; nothing of them may run."""
+        self._graphs.clear()
+        self._wanted.clear()
+
     def replay(self, graph: Graph, packed: Packed) -> None:
         """Launch the step on the current stream: one copy, one launch. Padding rows go to the scratch slot.
         New blocks travel in the graph's own inputs, prompts (and more blocks than rows) before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -24,6 +25,7 @@ from semipd.execute.cuda_partition import Placement
 from semipd.execute.device_storage import DeviceStorage
 from semipd.model.device_model import DeviceModel, buffer_bytes, load_device_model
 from semipd.model.ops import TILE, DeviceStep
+from semipd.model.sampler_device import DeviceRules, sample_on_device
 from semipd.model.spec import ModelSpec, load_spec
 
 GRAPH_BYTES = 2**30  # what captured graphs may take, kept free for them
@@ -203,26 +205,53 @@ def _memory_errors(backend: Backend, spec: ModelSpec) -> Iterator[None]:
 def _warm(
     backend: Backend, model: DeviceModel, storage: DeviceStorage, state: LaneState, sides: tuple[Side, ...]
 ) -> None:
-    """Run every kind of step once on scratch, so that no request waits for a compiler; then each stream
-    once, so that cuBLAS has its workspace there."""
+    """Run every kind of step once on scratch, so that no request waits for a compiler: kernels differ by
+    the side's size and the number of single rows, so all of these run a layer on every side. Each stream
+    gets its cuBLAS workspace on the way."""
     rows = TILE + 4
     longest = min(rows, storage.table.max_length)
-    kinds = [(0, longest)] if longest > 1 else []
-    singles = 1
-    while singles <= min(storage.table.slots, state.buffers.logits.shape[0]):
-        kinds.append((singles, 0))
-        singles *= 2
-    work = [(sides[0], *kind) for kind in kinds] + [(side, 1, 0) for side in sides[1:]]
-    for side, alone, tiled in work:
+    most = min(storage.table.slots, state.buffers.logits.shape[0])
+    singles = [2**power for power in range(most.bit_length())]
+    work = [(sides[0], 0, longest, model.spec.layers)] if longest > 1 else []
+    work += [
+        (side, alone, 0, model.spec.layers if side is sides[0] else 1)
+        for side in sides
+        for alone in singles
+    ]
+    for side, alone, tiled, layers in work:
         with torch.inference_mode(), backend.on(side):
             step = _scratch_step(backend, storage, alone, min(tiled, TILE))
             _plan_scratch(storage, state, alone, min(tiled, TILE))
             units = partial(getattr, side, "units")
-            for _ in model.launch(step, state.buffers, storage.kv, state.ops, units):
+            launches = model.launch(step, state.buffers, storage.kv, state.ops, units)
+            for _ in itertools.islice(launches, layers):
                 pass
+            if side is sides[0] and alone == 1:
+                _warm_sampling(backend, state)
         event = backend.record(side)
         while not event.done():
             backend.rest(threading.Event(), 1e-3)
+
+
+def _warm_sampling(backend: Backend, state: LaneState) -> None:
+    """Draw a token by every rule: a kernel's first launch loads it, which may wait for the device."""
+    chances, whole = (
+        backend.upload(np.full((1, 1), 0.5)).float()[0],
+        backend.upload(np.ones((1, 1), np.int64)),
+    )
+    for filtered in (False, True):
+        rules = DeviceRules(
+            temperature=chances,
+            top_p=chances,
+            min_p=chances,
+            top_k=whole[0],
+            seed=whole[0],
+            position=whole[0],
+            banned=whole,
+            banning=whole[0] != 0,
+            filtered=filtered,
+        )
+        sample_on_device(state.buffers.logits[:1], rules)
 
 
 def _plan_scratch(storage: DeviceStorage, state: LaneState, alone: int, tiled: int) -> None:

@@ -23,10 +23,14 @@ from semipd.execute.cuda import CudaExecutor
 from semipd.execute.cuda_start import Shape, start_cuda
 from semipd.model.spec import load_spec
 
-PREFILL_TOKENS = (512, 2048, 8192, 16384)
-DECODE_BATCHES = (1, 16, 64, 128, 256)
-DECODE_CONTEXTS = (1024, 4096, 16384)
+PREFILL_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
+DECODE_BATCHES = (1, 8, 32, 64, 128, 256)
+DECODE_CONTEXTS = (1024, 2048, 4096, 8192, 16384)
+MOST_CONTEXT = 800_000  # cached positions that one decode step may read
+BESIDE_BATCHES = (16, 128)
 REPEATS = 5
+PATIENCE = 0.4  # seconds after which a measurement is not repeated any more
+BUDGET = 450.0  # seconds after which no other split is begun
 
 
 @dataclass(frozen=True)
@@ -55,22 +59,20 @@ class StepTimer:
     def can_decode(self, batch: int, context: int) -> bool:
         per_slot = -(-(context + 1) // self.sizes.block_size)
         fits = batch < self.sizes.slots and context < self.sizes.max_length
+        fits = fits and batch * context <= MOST_CONTEXT
         return fits and batch * per_slot < self.sizes.blocks - self._prefill_blocks()
 
     def can_prefill(self, tokens: int) -> bool:
         return tokens <= min(self.sizes.most_rows, self.sizes.max_length)
 
     def decode(self, batch: int, context: int, repeats: int = REPEATS) -> list[float]:
-        """Seconds of each of `repeats` steps of one token for `batch` sequences; the first is left out."""
-        make = self._decode_batches(batch, context)
-        self._one(Lane.DECODE, next(make))
-        return [self._one(Lane.DECODE, next(make)) for _ in range(repeats)]
+        """Seconds of steps of one token for `batch` sequences, after one that is left out: `repeats` of
+        them, or as many as begin within PATIENCE."""
+        return self._repeated(Lane.DECODE, self._decode_batches(batch, context), repeats)
 
     def prefill(self, tokens: int, repeats: int = REPEATS) -> list[float]:
-        """Seconds of each of `repeats` prompts of so many tokens; the first is left out."""
-        make = self._prefill_batches(tokens)
-        self._one(Lane.PREFILL, next(make))
-        return [self._one(Lane.PREFILL, next(make)) for _ in range(repeats)]
+        """Seconds of prompts of so many tokens, as `decode`."""
+        return self._repeated(Lane.PREFILL, self._prefill_batches(tokens), repeats)
 
     def beside(self, batch: int, context: int, tokens: int, repeats: int = REPEATS) -> tuple[float, float]:
         """(median seconds of a decode step, of a prompt) while both lanes always have something to run."""
@@ -93,6 +95,24 @@ class StepTimer:
                 in_flight[result.lane] -= 1
         decode, prefill = seconds[Lane.DECODE], seconds[Lane.PREFILL]
         return statistics.median(decode[1:]), statistics.median(prefill[1:])
+
+    def switched(self, batch: int, context: int, splits: Sequence[Split], steps: int = 40) -> float:
+        """Host seconds from a switch to the end of the decode step after it, median; the splits in turn."""
+        make = self._decode_batches(batch, context)
+        times = []
+        for step in range(steps):
+            begin = time.perf_counter()
+            self.executor.resize(splits[step % len(splits)])
+            self._one(Lane.DECODE, next(make))
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times[len(splits) :])
+
+    def _repeated(self, lane: Lane, make: Iterator[Batch], repeats: int) -> list[float]:
+        self._one(lane, next(make))
+        times: list[float] = []
+        while len(times) < repeats and (not times or sum(times) < PATIENCE):
+            times.append(self._one(lane, next(make)))
+        return times
 
     def _one(self, lane: Lane, batch: Batch) -> float:
         self.executor.submit(lane, batch)
@@ -131,28 +151,40 @@ class StepTimer:
 
 
 def profile_gpu(
-    backend: Backend, folder: str | os.PathLike[str], *, load_format: str = "auto", seed: int = 0
+    backend: Backend,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    seed: int = 0,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Load a model, fill the KV pool with noise and `measure`. Takes minutes; the device must be idle."""
     spec = load_spec(os.fspath(folder))
     longest = min(spec.max_positions, max(PREFILL_TOKENS) + 1)
-    shape = Shape(max(DECODE_BATCHES) + 2, longest, most_rows=longest)
-    started = start_cuda(backend, folder, shape, load_format=load_format, seed=seed)
+    shape = Shape(max(DECODE_BATCHES) + 2, longest, most_rows=longest, fixed_length=False)
+    started = start_cuda(backend, folder, shape, dtype=dtype, load_format=load_format, seed=seed)
     executor = started.executor
     try:
         executor.fill_with_noise(seed)
-        sizes = Sizes(shape.slots, started.blocks, shape.block_size, longest, longest)
-        return {"model": os.fspath(folder), **measure(StepTimer(executor, sizes, spec.vocabulary, seed))}
+        sizes = Sizes(shape.slots, started.blocks, shape.block_size, longest, started.max_length)
+        found = measure(StepTimer(executor, sizes, spec.vocabulary, seed), say)
+        return {"model": os.fspath(folder), "start": started.costs, **found}
     finally:
         executor.close()
 
 
-def measure(timer: StepTimer, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Curves over shares, slowdowns beside each other, and what a switch costs, as plain data."""
+def measure(timer: StepTimer, say: Callable[[str], None] = print, budget: float = BUDGET) -> dict[str, Any]:
+    """Curves over shares, slowdowns beside each other, and what a switch costs, as plain data. The whole
+    device comes first, then splits spread over the sizes; none is begun after `budget` seconds."""
     device = timer.executor.device
     rows: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": [], "beside": []}
-    splits = [*device.legal_splits, (0, device.units), (device.units, 0)]
+    splits = [(0, device.units), (device.units, 0), *_spread(device.legal_splits)]
+    deadline, left_out = time.monotonic() + budget, 0
     for prefill, decode in splits:
+        if time.monotonic() > deadline:
+            left_out += 1
+            continue
         timer.executor.resize(Split.pair(prefill, decode, device.units))
         if prefill:
             rows["prefill"] += _prefill_rows(timer, prefill)
@@ -161,15 +193,24 @@ def measure(timer: StepTimer, say: Callable[[str], None] = print) -> dict[str, A
         if prefill and decode:
             rows["beside"] += _beside_rows(timer, prefill, decode)
         say(f"{prefill}:{decode} of {device.units} {device.unit_kind}s done")
+    if left_out:
+        say(f"{left_out} splits were left out: the time was up")
     return {
         "device": device.name,
         "units": device.units,
         "unit_kind": device.unit_kind,
         **rows,
-        "switch_seconds": _switch_seconds(timer),
+        "splits_left_out": left_out,
+        **_switching(timer),
         "graph_bytes": timer.executor.graphs.nbytes,
         "curves": curves(rows["prefill"], rows["decode"], device.units),
     }
+
+
+def _spread(splits: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same, every fourth first, then those half way between, then the rest."""
+    order = sorted(range(len(splits)), key=lambda index: (index % 4 != 0, index % 2 != 0, index))
+    return [splits[index] for index in order]
 
 
 def curves(
@@ -221,8 +262,10 @@ def _decode_rows(timer: StepTimer, units: int) -> list[dict[str, Any]]:
 
 def _beside_rows(timer: StepTimer, prefill: int, decode: int) -> list[dict[str, Any]]:
     rows = []
-    tokens = max((tokens for tokens in PREFILL_TOKENS[:2] if timer.can_prefill(tokens)), default=0)
-    for batch in (16, 128):
+    tokens = max(
+        (tokens for tokens in PREFILL_TOKENS if tokens <= 2048 and timer.can_prefill(tokens)), default=0
+    )
+    for batch in BESIDE_BATCHES:
         context = DECODE_CONTEXTS[0]
         if not tokens or not timer.can_decode(batch, context):
             continue
@@ -243,17 +286,25 @@ def _beside_rows(timer: StepTimer, prefill: int, decode: int) -> list[dict[str, 
     return rows
 
 
-def _switch_seconds(timer: StepTimer) -> float:
-    """Median host seconds of `resize` between two splits."""
+def _switching(timer: StepTimer) -> dict[str, float]:
+    """switch_seconds: median host time of `resize`. switched_step_seconds, settled_step_seconds: a decode
+    step from the planner's view when every one is on another split, and when none is."""
     device = timer.executor.device
-    splits = device.legal_splits or ((device.units, device.units),)
+    legal = device.legal_splits or ((device.units, device.units),)
+    splits = [Split.pair(*split, device.units) for split in legal]
     times = []
     for index in range(200):
-        split = Split.pair(*splits[index % len(splits)], device.units)
         begin = time.perf_counter()
-        timer.executor.resize(split)
+        timer.executor.resize(splits[index % len(splits)])
         times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    found = {"switch_seconds": statistics.median(times)}
+    batch, context = min(BESIDE_BATCHES[0], max(DECODE_BATCHES)), DECODE_CONTEXTS[0]
+    if timer.can_decode(batch, context):
+        middle = splits[len(splits) // 2 - 1 :][:2]
+        alone = [timer.switched(batch, context, [split]) for split in middle]
+        found["settled_step_seconds"] = statistics.fmean(alone)
+        found["switched_step_seconds"] = timer.switched(batch, context, middle)
+    return found
 
 
 def _seconds(result: StepResult) -> float:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import semipd.bench.profile as command
 from semipd.bench.profile_gpu import at_units, device_entries, timings_by_units
+from semipd.bench.scenario import Scenario, simulate
+from semipd.cli import main
+from semipd.config import PolicyConfig
 from semipd.core.types import Slice, Work
-from semipd.execute.device_file import read_device
+from semipd.execute import cuda_backend, profile_cuda
+from semipd.execute.cuda_start import Shape, start_cuda
+from semipd.execute.device_file import load_device, read_device
+from semipd.execute.profile_cuda import Sizes, StepTimer
 from semipd.execute.step_profile import ProfiledCost, read_profile
 from semipd.model.spec import load_spec
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import VOCABULARY, make_checkpoint
+from tests.execute.fake_cuda import FakeBackend
 
 UNITS = 132
+FREE = int(2**34 * 0.1) + 2**30 + 2**22  # leaves 4 MiB for the KV pool
 
 
 def seconds(work: Work, units: int) -> float:
@@ -72,3 +85,70 @@ def test_prompts_are_read_off_where_decode_was_measured() -> None:
     assert at_units([(12, 8.0), (132, 1.0)], 6) == 16.0
     assert at_units([(12, 8.0), (100, 1.0)], 132) == 1.0
     assert at_units([(10, 8.0), (40, 2.0)], 20) == pytest.approx(4.0)
+
+
+def test_the_command_measures_a_card_and_what_it_writes_can_be_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`semipd profile` where there is a GPU: every share, both lanes beside each other, what starting and
+    switching cost, pictures."""
+    monkeypatch.setattr(command, "has_gpu", lambda: True)
+    monkeypatch.setattr(cuda_backend, "CudaBackend", lambda: FakeBackend(step=40, free=FREE))
+    for name, values in {
+        "PREFILL_TOKENS": (16, 32),
+        "DECODE_BATCHES": (1, 4),
+        "DECODE_CONTEXTS": (20,),
+        "BESIDE_BATCHES": (4,),
+        "REPEATS": 2,
+    }.items():
+        monkeypatch.setattr(profile_cuda, name, values)
+    folder = make_checkpoint(tmp_path / "model", "llama", max_position_embeddings=256)
+    out, pictures = tmp_path / "gpu.json", tmp_path / "pictures"
+    assert main(["profile", str(folder), "--out", str(out), "--plot", str(pictures)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["out"] == str(out)
+    assert sorted(path.name for path in pictures.iterdir()) == ["beside.png", "decode.png", "prefill.png"]
+    raw = json.loads((tmp_path / "gpu.raw.json").read_text())
+    splits = {(row["prefill_units"], row["decode_units"]) for row in raw["beside"]}
+    assert splits == {(92, 40), (52, 80), (12, 120)} and raw["splits_left_out"] == 0
+    assert {"partitions_seconds", "partitions_bytes", "graphs_seconds", "graphs_bytes"} <= set(raw["start"])
+    assert raw["switch_seconds"] > 0 and raw["switched_step_seconds"] > 0
+    device = load_device(str(out))
+    assert (device.units, device.unit_kind) == (UNITS, "SM")
+    result = simulate(
+        Scenario(str(folder), str(out), workload="64,16", rate=5.0, requests=20, kv_blocks=400),
+        PolicyConfig(ttft_slo=0.3),
+    )
+    assert result["requests"] == 20 and result["ttft_s"]["mean"] > 0.0
+
+
+def test_asking_for_a_card_that_is_not_there_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    folder = make_checkpoint(tmp_path, "llama")
+    assert main(["profile", str(folder), "--device", "cuda", "--out", str(tmp_path / "x.json")]) == 2
+    assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_a_profile_whose_time_is_up_still_makes_a_device_file(tmp_path: Path) -> None:
+    """The whole device is measured first, so that a card that is lent for minutes leaves something."""
+    shape = Shape(slots=5, max_length=64, block_size=4, blocks=128, most_rows=64)
+    folder = make_checkpoint(tmp_path, "llama")
+    started = start_cuda(FakeBackend(step=40), folder, shape, dtype="float32", graph_sides=1)
+    timer = StepTimer(started.executor, Sizes(5, 128, 4, 64, 64), VOCABULARY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile_cuda, "PREFILL_TOKENS", (16, 32))
+        patch.setattr(profile_cuda, "DECODE_BATCHES", (1, 4))
+        patch.setattr(profile_cuda, "DECODE_CONTEXTS", (20,))
+        clock = iter([0.0, 0.0, 0.0, *[100.0] * 10])
+        patch.setattr(
+            profile_cuda,
+            "time",
+            SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter),
+        )
+        found = profile_cuda.measure(timer, lambda line: None, budget=1.0)
+    assert found["splits_left_out"] == 3 and {row["units"] for row in found["prefill"]} == {UNITS}
+    device = read_device(device_entries(found, load_spec(folder), 4, 10**9), "test")
+    assert device.units == UNITS
+    started.executor.close()

@@ -13,7 +13,7 @@ import pytest
 from semipd.core.types import Lane, Split
 from semipd.execute.backend import Side
 from semipd.execute.choose import has_gpu
-from semipd.execute.cuda_driver import HIGH, LOW, CannotPartition, GreenContexts
+from semipd.execute.cuda_driver import HIGH, LOW, CannotPartition, GreenContexts, partition_pairs
 from semipd.execute.cuda_partition import Placement, disjoint
 from tests.execute.fake_cuda import UNITS, FakeBackend
 
@@ -71,10 +71,13 @@ def test_a_card_that_cannot_be_cut_shares_by_priority() -> None:
 class FakeDriver:
     """`cuda.bindings.driver` of a card with 132 SMs that grants multiples of 8."""
 
-    def __init__(self, fail: str = "") -> None:
+    def __init__(self, fail: str = "", room: int = 1000) -> None:
+        self._room = room  # contexts that can exist at once
         self.calls: list[str] = []
         self._fail = fail
-        self.CUresult = enum.Enum("CUresult", ["CUDA_SUCCESS", "CUDA_ERROR_NOT_SUPPORTED"])
+        self.CUresult = enum.Enum(
+            "CUresult", ["CUDA_SUCCESS", "CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_OUT_OF_MEMORY"]
+        )
         self.CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1)
         self.CUgreenCtxCreate_flags = SimpleNamespace(CU_GREEN_CTX_DEFAULT_STREAM=1)
         self.CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
@@ -112,6 +115,9 @@ class FakeDriver:
     def cuGreenCtxCreate(self, description: Any, device: int, flags: int) -> Any:
         assert flags == 1, "the driver requires this flag"
         self.alive += 1
+        if self.alive > self._room:
+            self.alive -= 1
+            return (self.CUresult["CUDA_ERROR_OUT_OF_MEMORY"], None)
         return self._answer("cuGreenCtxCreate", description)
 
     def cuGreenCtxStreamCreate(self, context: Any, flags: int, priority: int) -> Any:
@@ -144,6 +150,25 @@ class TestGreenContexts:
     def test_granularity_has_a_default_for_older_drivers(self) -> None:
         sizes = GreenContexts(0, FakeDriver()).granularity()
         assert (sizes.smallest, sizes.step, sizes.total) == (8, 8, 132)
+
+    def test_every_size_is_there_once_and_rises(self) -> None:
+        pairs = partition_pairs(GreenContexts(0, FakeDriver()))
+        assert [decode.units for decode, _ in pairs] == list(range(8, 125, 8))
+        assert all(decode.units + prefill.units == 132 for decode, prefill in pairs)
+
+    def test_a_driver_without_room_for_all_leaves_sizes_far_apart(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Made in order, the first ones alone would leave prefill nearly everything, whatever the load."""
+        with caplog.at_level("WARNING"):
+            pairs = partition_pairs(GreenContexts(0, FakeDriver(room=7)))
+        assert [decode.units for decode, _ in pairs] == [32, 64, 96]
+        assert (
+            "no more than 3 partitions can be made: cuGreenCtxCreate: CUDA_ERROR_OUT_OF_MEMORY"
+            in caplog.text
+        )
+        with pytest.raises(CannotPartition, match="OUT_OF_MEMORY"):
+            partition_pairs(GreenContexts(0, FakeDriver(room=1)))
 
     @pytest.mark.parametrize("call", ["cuDeviceGetDevResource", "cuGreenCtxCreate"])
     def test_a_driver_that_refuses_is_named(self, call: str) -> None:

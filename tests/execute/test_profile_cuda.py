@@ -71,5 +71,7 @@ def test_a_model_folder_is_all_it_takes(
     monkeypatch.setattr(profile_cuda, "PREFILL_TOKENS", (16,))
     monkeypatch.setattr(profile_cuda, "DECODE_BATCHES", (1,))
     folder = make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
-    profile = profile_cuda.profile_gpu(FakeBackend(parts=False, free=4 * 10**9), folder)
+    profile = profile_cuda.profile_gpu(
+        FakeBackend(parts=False, free=int(2**34 * 0.1) + 2**30 + 2**22), folder
+    )
     assert [row["units"] for row in profile["prefill"]] == [UNITS] and profile["beside"] == []
