@@ -115,16 +115,23 @@ static void layer_in_team(const Model *model, const Step *step, int64_t index, i
     norm_in_team(level, half, step->hidden, step->delta, following, step->normed, rows, width, model->eps);
 }
 
-/* The layers [first, last), in one region of as many threads as OpenMP is set to now. */
-EXPORT void semipd_step_layers(const Model *model, const Step *step, int64_t first, int64_t last) {
-    while (first < last) {
-        int64_t window = model->layer[first].window, until = first + 1;
-        while (until < last && model->layer[until].window == window) until++;
-        int64_t items = cut(model, step, window);
-#pragma omp parallel
-        for (int64_t index = first; index < until; index++) layer_in_team(model, step, index, items);
-        first = until;
+/* The layers from `first` on, in one region of as many threads as OpenMP is set to now: all, or until the word
+   `watched`, looked at after every layer, no longer holds `seen`; a single one where there is no such word.
+   Returns the layer to go on with. */
+EXPORT int64_t semipd_step_layers(const Model *model, const Step *step, int64_t first, const uint64_t *watched,
+                                  uint64_t seen) {
+    const Layer *layers = model->layer;
+    int64_t index = first, items = 0, stopped = 0; /* stopped: the layer to go on with, 0 until then */
+#pragma omp parallel firstprivate(index)
+    while (!stopped) {
+#pragma omp single
+        if (index == first || layers[index].window != layers[index - 1].window)
+            items = cut(model, step, layers[index].window);
+        layer_in_team(model, step, index++, items);
+#pragma omp single
+        stopped = index == model->layers || !watched || __atomic_load_n(watched, __ATOMIC_RELAXED) != seen ? index : 0;
     }
+    return stopped;
 }
 
 /* Logits, and the first largest of each row with its value. */

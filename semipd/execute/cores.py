@@ -71,10 +71,12 @@ class Share:
         self._target = -1
         self._settled = False
 
-    def boundary(self) -> None:
-        """Follow the target. Costs a fraction of a microsecond when there is nothing to do."""
+    def boundary(self) -> tuple[int, int] | None:
+        """Follow the target. Costs a fraction of a microsecond when there is nothing to do. Returns the
+        address and the value of the target's word when there is nothing to do until it changes."""
         if not self._settled or self._words.target() != self._target:
             self._follow()
+        return (self._words.target_address, self._target) if self._settled else None
 
     def take(self) -> None:
         """Before a step: follow the target, and wait until there is at least one core."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from semipd.execute.storage import SlotTable
 from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs
 from semipd.model.sampler import SamplingRows, sample
-from semipd.model.step import DecodeStep
+from semipd.model.step import Boundary, DecodeStep
 
 
 class Runner:
@@ -28,7 +28,7 @@ class Runner:
         self._pool = Pool.of(kv)
         self._step = model.decode_step(kv, table.tokens, table.blocks) if fused else None
 
-    def run(self, slices: Sequence[Slice], boundary: Callable[[], None]) -> list[int]:
+    def run(self, slices: Sequence[Slice], boundary: Boundary) -> list[int]:
         """Compute the slices; return one token per slice with `sample`, in order, after writing each to
         `table.tokens[slot, start + count]`. `boundary` is called between large operations.
 
@@ -54,7 +54,7 @@ class Runner:
         return tokens
 
     def _decode(
-        self, step: DecodeStep, slots: np.ndarray, positions: np.ndarray, boundary: Callable[[], None]
+        self, step: DecodeStep, slots: np.ndarray, positions: np.ndarray, boundary: Boundary
     ) -> list[int]:
         """As `run`, for one position a slot, of each of which a token is wanted."""
         table, produced = self._table, positions + 1

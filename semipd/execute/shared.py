@@ -10,6 +10,7 @@ they mean together is told in `semipd.execute.cores`.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 
@@ -36,6 +37,7 @@ class Words:
 
     def __init__(self, buffer: mmap.mmap) -> None:
         self._words = memoryview(buffer)[:_PAGE].cast("Q")
+        self.target_address = ctypes.addressof(ctypes.c_uint64.from_buffer(buffer, 8 * _TARGET))
 
     def set_target(self, split: Split) -> None:
         self._words[_TARGET] = split.of(LANES[0]) << _HALF | split.of(LANES[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from semipd.model.quantized_weights import QuantizedWeights, read_format
 from semipd.model.rope import rope_frequencies
 from semipd.model.row_ops import CompiledRowOps, Heads, PlainRowOps, Rotations, RowOps
 from semipd.model.spec import ModelSpec, load_spec
-from semipd.model.step import DecodeStep, Parts, can_step
+from semipd.model.step import Boundary, DecodeStep, Parts, can_step
 from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
 
 
@@ -86,7 +85,7 @@ class DenseModel:
             return None
         return DecodeStep(self._kernels, parts, kv, tokens, tables)
 
-    def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Boundary) -> torch.Tensor:
         """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the
         rows to sample, float32 [n, vocabulary]. `boundary` is called before every large operation."""
         with torch.inference_mode():
@@ -124,7 +123,7 @@ class DenseModel:
         kv: torch.Tensor,
         turns: Rotations,
         plan: AttentionPlan,
-        boundary: Callable[[], None],
+        boundary: Boundary,
     ) -> torch.Tensor:
         """Projected, rotated, stored and attended: [padded rows, heads * head_dim]."""
         rows = turns.cosine.shape[0]

@@ -70,8 +70,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_linear.restype = None
     library.semipd_step_begin.argtypes = [_POINTER, _POINTER]
     library.semipd_step_begin.restype = _LONG
-    library.semipd_step_layers.argtypes = [_POINTER, _POINTER, _LONG, _LONG]
-    library.semipd_step_layers.restype = None
+    library.semipd_step_layers.argtypes = [_POINTER, _POINTER, _LONG, _POINTER, ctypes.c_uint64]
+    library.semipd_step_layers.restype = _LONG
     library.semipd_step_end.argtypes = [_POINTER, _POINTER]
     library.semipd_step_end.restype = None
     return library

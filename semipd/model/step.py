@@ -21,6 +21,10 @@ from semipd.model.spec import ModelSpec
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
+# Called between large operations. May return the address of a 64-bit word and its value now: as long as the
+# word holds it, there is no need to call again.
+Boundary = Callable[[], tuple[int, int] | None]
+
 
 class _Layer(ctypes.Structure):
     _fields_ = (
@@ -98,11 +102,11 @@ class DecodeStep:
         self._pointers = ctypes.byref(self._model), ctypes.byref(self._step)
 
     def run(
-        self, slots: np.ndarray, positions: np.ndarray, boundary: Callable[[], None]
+        self, slots: np.ndarray, positions: np.ndarray, boundary: Boundary
     ) -> tuple[np.ndarray, np.ndarray]:
         """Compute position i of slot i for each pair, write keys and values, and return the first largest
         entry of each row's logits (int64) and its value; both stay valid until the next step. `boundary` is
-        called before every layer and before the head.
+        called before every layer, unless what it watches shows that there is no need, and before the head.
 
         Raises ValueError for a token that is not in the vocabulary."""
         rows = slots.shape[0]
@@ -112,10 +116,10 @@ class DecodeStep:
         model, step = self._pointers
         if self._library.semipd_step_begin(model, step) >= 0:
             raise ValueError(f"a token is not in the vocabulary of {self._parts.spec.vocabulary}")
-        run_layers = self._library.semipd_step_layers
-        for index in range(len(self._layers)):
-            boundary()
-            run_layers(model, step, index, index + 1)
+        index = 0
+        while index < len(self._layers):
+            watch = boundary() or (None, 0)
+            index = self._library.semipd_step_layers(model, step, index, *watch)
         boundary()
         self._library.semipd_step_end(model, step)
         return self._best[:rows], self._value[:rows]

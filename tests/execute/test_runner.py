@@ -162,13 +162,19 @@ def test_the_boundary_is_called_often_enough_to_resize(single: DenseModel) -> No
     assert len(calls) >= 4 * single.spec.layers
 
 
-def test_the_host_work_of_a_step_is_small(single: DenseModel) -> None:
-    """Everything but the forward, for 16 slices: a median, so that a busy machine does not fail it."""
-    bench = Bench(single, slots=16)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_host_work_of_a_step_is_small(single: DenseModel, fused: bool) -> None:
+    """Everything but the arithmetic, for 16 slices: a median, so that a busy machine does not fail it."""
+    bench = Bench(single, slots=16, fused=fused)
     for slot in range(16):
         bench.open(slot, prompt(200))
     logits = torch.randn(16, VOCABULARY)
-    bench.recorder.model = type("Free", (), {"forward": lambda self, *rest: logits})()  # type: ignore
+    free = {"forward": lambda self, *rest: logits, "run": lambda self, *rest: results}
+    results = np.zeros(16, np.int64), np.zeros(16, np.float32)
+    bench.recorder.model = type("Free", (), free)()  # type: ignore
+    if bench.runner._step is not None:
+        bench.runner._step._step = bench.recorder.model  # type: ignore
+        bench.runner._step.logits = lambda rows: logits
     slices = [Slice(slot, 150 + slot, 1) for slot in range(16)]
     times = []
     for _ in range(60):

@@ -41,7 +41,7 @@ class _RecordedStep:
 
     def run(self, slots: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
         result = self._step.run(slots, *rest)
-        self._recorder.logits = self._step.logits(np.arange(len(slots)))
+        self._recorder.logits = self.logits(np.arange(len(slots)))
         return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,35 @@ def test_a_fused_step_has_the_bits_of_the_layers(name: str, tmp_path: Path) -> N
     torch.set_num_threads(1)
     assert plain.run(*step_of(plain)) and torch.equal(fused.recorder.logits, plain.recorder.logits)
     assert torch.equal(fused.kv, plain.kv)
+
+
+def test_the_boundary_is_asked_again_only_when_its_word_changed(tmp_path: Path) -> None:
+    """A share that is settled costs one call a step; one that is not, or was moved, a call a layer."""
+    model = load("llama", tmp_path)
+    bench, word, calls = filled(model, True), ctypes.c_uint64(7), []
+
+    def boundary(watch: tuple[int, int] | None) -> tuple[int, int] | None:
+        calls.append(watch)
+        return watch
+
+    plain = filled(model, False).run(*step_of(bench))
+    address, layers = ctypes.addressof(word), model.spec.layers
+    for watch, expected in ((None, layers + 1), ((address, 7), 2), ((address, 6), layers + 1)):
+        calls.clear()
+        assert bench.runner.run(step_of(bench), partial(boundary, watch)) == plain
+        assert len(calls) == expected
+
+
+def test_sampled_banned_and_greedy_rows_share_a_step(tmp_path: Path) -> None:
+    model = load("llama", tmp_path)
+    results = []
+    for fused in (True, False):
+        bench = filled(model, fused)
+        greedy = bench.run(*step_of(bench))
+        tokens = bench.table.tokens.copy()
+        bench.open(1, tokens[1, :2], temperature=2.0, seed=3)
+        bench.open(2, tokens[2, :257], ban_until=300, ban_tokens=(greedy[2],))
+        results.append(bench.run(*step_of(bench)))
+        assert results[-1][2] != greedy[2]
+        assert [results[-1][row] for row in (0, 3, 4, 5)] == [greedy[row] for row in (0, 3, 4, 5)]
+    assert results[0] == results[1]
