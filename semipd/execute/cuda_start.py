@@ -93,20 +93,35 @@ def start_cuda(
             {lane: backend.whole(lane) for lane in LANES}, backend.partition(), backend.units
         )
         costs.note("partitions")
-        decode = next(state for state in states if state.lane is Lane.DECODE)
-        graphs = DecodeGraphs(
-            backend, model, storage, decode.buffers, decode.ops, shape.slots, GRAPH_BYTES, graph_sides
-        )
-        for state in states:
-            _warm(backend, model, storage, state, placement.sides(state.lane))
-        costs.note("warming")
-        graphs.capture_all(_spread(placement.sides(Lane.DECODE), graph_sides))
-        costs.note("graphs")
+        graphs = _warm_all(backend, model, storage, states, placement, graph_sides, costs)
     _announce(backend, placement, blocks * shape.block_size, graphs)
     executor = CudaExecutor(
         backend, model, storage, placement, states, graphs, most_rows=most_rows, depth=depth
     )
     return Started(executor, blocks, max_length, costs.found)
+
+
+def _warm_all(
+    backend: Backend,
+    model: DeviceModel,
+    storage: DeviceStorage,
+    states: list[LaneState],
+    placement: Placement,
+    graph_sides: int,
+    costs: _Costs,
+) -> DecodeGraphs:
+    """Run every kernel of both lanes once, then capture the first graphs."""
+    decode = next(state for state in states if state.lane is Lane.DECODE)
+    slots = storage.table.slots
+    graphs = DecodeGraphs(
+        backend, model, storage, decode.buffers, decode.ops, slots, GRAPH_BYTES, graph_sides
+    )
+    for state in states:
+        _warm(backend, model, storage, state, placement.sides(state.lane))
+    costs.note("warming")
+    graphs.capture_all(_spread(placement.sides(Lane.DECODE), graph_sides))
+    costs.note("graphs")
+    return graphs
 
 
 class _Costs:
