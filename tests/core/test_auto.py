@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from semipd.core.admission import Aggressive
 from semipd.core.auto import Auto
@@ -15,7 +17,7 @@ from semipd.core.kv import BlockPool
 from semipd.core.order import PromptWork
 from semipd.core.partition import Targets
 from semipd.core.policies import Limits
-from semipd.core.types import Device, Event, Lane, Launched, Request, Sampling, Stepped
+from semipd.core.types import Device, Event, Lane, Launched, Request, Sampling, Stepped, Switched
 from semipd.execute.sim import FixedCost, SimExecutor, VirtualClock
 
 UNITS = 16
@@ -153,3 +155,48 @@ def test_nothing_but_build_knows_auto() -> None:
     package = Path(__file__).parents[2] / "semipd"
     users = [path.name for path in package.rglob("*.py") if "core.auto" in path.read_text()]
     assert users == ["build.py"]
+
+
+@given(
+    streams=st.integers(1, 24),
+    prompts=st.lists(st.integers(200, 6000), min_size=1, max_size=6),
+    ttft=st.sampled_from([0.2, 1.0, 10.0]),
+    tpot=st.sampled_from([0.004, 0.01, 0.05]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_phase_without_work_holds_nothing_that_the_other_needs(
+    streams: int, prompts: list[int], ttft: float, tpot: float
+) -> None:
+    """Whatever the load and the targets: while a step runs, no unit is idle, and none is kept from it for a
+    lane that runs nothing."""
+    rig = Rig(Targets(ttft, tpot))
+    for _ in range(streams):
+        rig.add(50, 60)
+    rig.run(0.05)
+    for tokens in prompts:
+        rig.add(tokens, 3)
+    rig.run()
+    running = dict.fromkeys((Lane.PREFILL, Lane.DECODE), 0)  # steps in flight
+    split, since = None, 0.0
+    for event in rig.events:
+        if isinstance(event, Stepped):
+            if split is not None and event.result.finished > since:
+                held = sum(split.of(lane) for lane, steps in running.items() if steps)
+                assert held >= UNITS, f"{split} while {running} ran"
+            running[event.result.lane] -= 1
+            since = event.result.finished
+        elif isinstance(event, Launched | Switched):
+            split, since = event.split, event.now
+            if isinstance(event, Launched):
+                running[event.lane] += 1
+    rig.engine.check_idle()
+
+
+def test_decode_takes_everything_back_when_the_prompts_are_done() -> None:
+    rig = Rig(Targets(0.13, 0.05))
+    rig.streams(output=600)
+    prompt = rig.add(1000, 1)
+    rig.run(0.6)
+    assert 0.0 < prompt.first_token_at <= prompt.arrival + 0.13
+    after = [e.split for e in rig.launches(Lane.DECODE) if e.now > prompt.first_token_at]
+    assert len(after) > 20 and all(split.of(Lane.DECODE) == UNITS for split in after)
