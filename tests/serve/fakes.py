@@ -177,7 +177,7 @@ def make_engine(
 
 
 @contextmanager
-def eventually(seconds: float = 5.0) -> Iterator[Any]:
+def eventually(seconds: float = 60.0) -> Iterator[Any]:
     """Gives a function that waits until a condition holds, and fails after `seconds` in all."""
     deadline = time.monotonic() + seconds
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -305,7 +304,7 @@ def test_metrics_count_exactly(folder: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_client_that_leaves_frees_its_request(folder: Path, streaming: bool) -> None:
-    with serving(folder, LiveFake(pace=0.02)) as running, eventually(10.0) as wait_for:
+    with serving(folder, LiveFake(pace=0.02)) as running, eventually(60.0) as wait_for:
         engine = running.thread.planner
         body = {"prompt": ["hello", "world"], "max_tokens": 200, "ignore_eos": True, "stream": streaming}
         with running.client() as client:
@@ -315,11 +314,10 @@ def test_a_client_that_leaves_frees_its_request(folder: Path, streaming: bool) -
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post("/v1/completions", json=body, timeout=0.3)
-        left = time.monotonic()
         live = engine._engine.live  # type: ignore[union-attr]
         wait_for(lambda: len(live) == 0 and running.service.gate.active == 0)
-        assert time.monotonic() - left < 2.0
         wait_for(lambda: not live.by_slot)
+        assert engine._metrics.snapshot().finished["length"] == 0, "they were not cut short"
         assert running.service.gate.queued_requests == running.service.gate.queued_tokens == 0
 
 
