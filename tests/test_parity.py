@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "llama, tied": {
         "family": "llama",
+        "hidden_size": 60,
         "head_dim": 24,
         "num_attention_heads": 5,
         "num_key_value_heads": 5,
