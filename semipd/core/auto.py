@@ -114,10 +114,11 @@ class Auto:
             self._lengths(event)
 
     def _learn(self, lane: Lane, news: float) -> None:
-        ratio = self._log_ratio[lane] = self._log_ratio[lane] + LEARNING * (news - self._log_ratio[lane])
-        self._slowness[lane] = math.exp(ratio)
+        ratios = self._log_ratio
+        ratios[lane] += LEARNING * (news - ratios[lane])
+        self._slowness[lane] = math.exp(ratios[lane])
         self._work.slowness = self._slowness[Lane.PREFILL]
-        self._ratios = (round(6 * self._log_ratio[Lane.PREFILL]), round(6 * self._log_ratio[Lane.DECODE]))
+        self._ratios = (round(6 * ratios[Lane.PREFILL]), round(6 * ratios[Lane.DECODE]))
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
         units = self._device.units
@@ -224,10 +225,9 @@ class Auto:
         if self._groups_of == len(live.decoding) and self._groups_age < STALE:
             self._groups_age += 1
             return self._groups
-        rows = []
-        default, expected = self._targets["default"], self._lengths.remaining
+        rows, default = [], self._targets["default"]
         for request in live.decoding:
-            remaining = expected(request) or 1
+            remaining = self._lengths.remaining(request) or 1
             target = self._targets.get(request.service_class, default)
             allowed = target.tpot * (len(request.output) + remaining - 1)
             rows.append((allowed - (now - request.first_token_at), remaining))
@@ -255,8 +255,8 @@ class Auto:
         if table is None:
             self._tables = self._tables if len(self._tables) < 2048 else {}
             table = self._tables[key] = []
-            work = Work.decode(len(live.decoding), context)
-            ways = self._ways(work, start, max(tokens, 16), prefilling, decoding)
+            decode = Work.decode(len(live.decoding), context)
+            ways = self._ways(decode, start, max(tokens, 16), prefilling, decoding)
             for way in sorted(ways, key=lambda way: (-way.rate, way.step)):
                 if not table or way.step < table[-1].step:
                     table.append(way)

@@ -113,14 +113,15 @@ class StepCost:
         tokens = self._linears.place(work.tokens * scale)
         sampled = self._head.place(work.sampled * scale) if work.sampled else None
         prompts, singles = self._attention_pieces(work, scale)
-        traffic = [tokens[2:]]
+        _, _, moved, flops = tokens
         if sampled is not None:
-            traffic.append(sampled[2:])
-        if prompts is not None:
-            traffic.append(self._prompts.traffic(prompts))
-        if singles is not None:
-            traffic.append(self._singles.traffic(singles))
-        moved, flops = (sum(column) for column in zip(*traffic, strict=True))
+            moved += sampled[2]
+            flops += sampled[3]
+        for piece, curve in ((prompts, self._prompts), (singles, self._singles)):
+            if piece is not None:
+                more_moved, more_flops = curve.traffic(piece)
+                moved += more_moved
+                flops += more_flops
         return _Pieces(host, moved, flops, tokens, sampled, prompts, singles)
 
     def _load(self, pieces: _Pieces, units: int) -> Numbers:
