@@ -176,13 +176,13 @@ class ExecutorConformance(ABC):
     def test_lanes_overlap_in_time(self, driver: Driver, prompt: list[int]) -> None:
         driver.open(0, prompt)
         driver.open(1, prompt)
-        overlaps = 0
-        for _ in range(20):
+        for _ in range(200):  # a step is so short that a busy machine may run them in turn for a while
             driver.executor.submit(Lane.PREFILL, driver.batch(Slice(0, 0, 13)))
             driver.executor.submit(Lane.DECODE, driver.batch(Slice(1, 0, 13)))
             one, two = driver.collect(2)
-            overlaps += max(one.started, two.started) < min(one.finished, two.finished)
-        assert overlaps > 0
+            if max(one.started, two.started) < min(one.finished, two.finished):
+                return
+        raise AssertionError("no two steps overlapped")
 
     def test_resize_under_a_running_batch(self, driver: Driver, prompt: list[int]) -> None:
         units = driver.executor.device.units
