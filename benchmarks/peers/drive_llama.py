@@ -1,6 +1,6 @@
 """Driver of llama.cpp's batched core.
 
-Settings: {"file": GGUF, "threads": 2, "sequences": 16, "length": 2048, "batch": 2048, "unified": false}.
+Settings: {"file": GGUF, "threads": 2, "sequences": 16, "length": 2048, "batch": 2048, "unified": false, "extra": true}.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import describe
 from benchmarks.peers.checkpoint import write_checkpoint
 from benchmarks.peers.worker import HERE, ROOT, Launch, PeerFailed
 
@@ -122,6 +123,8 @@ class Engines:
             "length": LENGTH,
             "batch": batch,
             "unified": False,
+            # 0.3.36 ends with a protection fault at ldtilecfg when quantised weights are packed for AMX.
+            "extra": name.startswith("llama-bf16") or not describe()["amx"],
         }
 
     def environment(self, name: str) -> dict[str, str | None]:

@@ -73,14 +73,16 @@ class Batch:
 class Core:
     """A model, a cache for `sequences` of `length` tokens, and steps of at most `batch` tokens.
 
-    unified: one cache for all sequences instead of a part for each."""
+    unified: one cache for all sequences instead of a part for each. extra: pack weights for this CPU."""
 
     def __init__(
-        self, file: str, threads: int, sequences: int, length: int, batch: int, unified: bool
+        self, file: str, threads: int, sequences: int, length: int, batch: int, unified: bool, extra: bool
     ) -> None:
         llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
+        loading = llama_cpp.llama_model_default_params()
+        loading.use_extra_bufts = extra
+        model = llama_cpp.llama_model_load_from_file(file.encode(), loading)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = sequences * length, sequences
         settings.n_batch = max(batch, sequences)
