@@ -36,7 +36,7 @@ PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 STARTS = (256, 1024)  # cached positions before a chunk
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (32, 512, 1536)
-# Steps that hold a piece of a prompt: (sequences that decode, their context, tokens of the piece, its start)
+# Steps with a piece of a prompt: (sequences that decode, their context, tokens of the piece, its start)
 MIXED = ((1, 256, 63, 0), (4, 256, 60, 0), (8, 512, 24, 256), (2, 512, 126, 512), (16, 256, 112, 256),
          (32, 256, 96, 0), (8, 256, 248, 0), (16, 32, 240, 0), (4, 1024, 252, 256), (8, 256, 504, 0),
          (32, 512, 480, 256))  # fmt: skip

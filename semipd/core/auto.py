@@ -14,12 +14,11 @@ is bought off with decode's slack, and when both fail, the fewest miss.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from semipd.core.batching import decode_slices, prefill_slices
+from semipd.core.batching import decode_slices, next_prefill, prefill_slices
 from semipd.core.lengths import LengthPredictor
 from semipd.core.live import Live
 from semipd.core.order import Order, PromptWork
@@ -29,6 +28,7 @@ from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
 
 MISS = 20.0  # seconds of latency that one missed target is worth
+LATER = 0.4  # of that for prompts yet to come, of whom less is known
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 FORESEEN = 24  # prompts looked at one by one
 STREAM_GROUPS = 4  # decoding requests are scored in this many groups
@@ -83,6 +83,7 @@ class Auto:
         self.limits, self._device, self._cost = limits, device, cost
         self._targets, self._chunks = targets, tuple(chunks)
         self._work = work or PromptWork(cost, device.units)
+        self._soon = (1.0 - MARGIN) * targets["default"].ttft  # what a prompt yet to come should not exceed
         self._lengths = LengthPredictor()
         self._log_ratio = dict.fromkeys(Lane, 0.0)  # observed over predicted seconds, smoothed
         self._slowness = dict.fromkeys(Lane, 1.0)  # its exponential
@@ -164,8 +165,9 @@ class Auto:
         present, alone = self._present, table[-1].step
         switch = self._device.switch_seconds * len(live)
         best, least = table[0], math.inf
+        top = max(way.rate for way in table if way.step < math.inf)
         for way in table:
-            score = self._score(way, prompts, groups, alone)
+            score = self._score(way, prompts, groups, alone, top)
             if way[:3] == present:
                 score -= STICK * abs(score)
             else:
@@ -175,23 +177,27 @@ class Auto:
         self._present = best[:3]
         return best
 
-    def _score(self, way: Way, prompts: list[Prompt], groups: list[Group], alone: float) -> float:
-        """alone: a decode step once the prompts are done. The prompts that arrive before the present ones
-        are done wait as well, and lengthen the busy period as in an M/G/1 queue: work / (rate - load)."""
+    def _score(
+        self, way: Way, prompts: list[Prompt], groups: list[Group], alone: float, top: float
+    ) -> float:
+        """alone: a decode step once the prompts are done. top: the best rate that does not hold decode.
+        Prompts that arrive before the present ones are done wait as well, may be late, and lengthen the
+        busy period as in an M/G/1 queue: work / (rate - load)."""
         _, _, _, rate, step = way
         total = misses = wait = 0.0
         if not rate:
             wait = step * max(group.remaining for group in groups)  # until the streams have ended
-            rate = 1.0
-        slowness = 1.0 / rate
+            rate = top
+        slowness, kept = 1.0 / rate, min(rate, top)
         for work, left, soon in prompts:
             total += (first := wait + work * slowness)
             if first > soon:
                 misses += _miss(first, left)
         backlog = prompts[-1].work if prompts else 0.0
-        spare = rate - self._work.load
-        busy = wait + backlog / (spare if spare > 0.05 else 0.05)
-        total += self._work.arrivals * busy * 0.5 * (wait + backlog * slowness)
+        busy = wait + backlog / max(kept - self._work.load, 0.05 * kept)
+        found = self._work.arrivals * busy  # arrive meanwhile, and find half of what is waiting now
+        total += found * (behind := 0.5 * (wait + backlog * slowness))
+        misses += LATER * found * self._work.tail(self._soon - behind, kept)
         done = busy / step if 0.0 < step < math.inf else 0.0
         for size, remaining, allowance, soon in groups:
             last = remaining * step
@@ -247,7 +253,7 @@ class Auto:
         features, so that the cost model is asked only when the work has changed."""
         context = sum(request.planned for request in live.decoding)
         prefilling, decoding = live.busy(Lane.PREFILL), live.busy(Lane.DECODE)
-        start, tokens = self._next_prompt(live)
+        start, tokens = next_prefill(live, self.limits.prefill_tokens)
         # Equal for values within about 9%.
         features = [round(8.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start)]
         key = (*features, prefilling, decoding, *self._ratios)
@@ -261,17 +267,6 @@ class Auto:
                 if not table or way.step < table[-1].step:
                     table.append(way)
         return table
-
-    def _next_prompt(self, live: Live) -> tuple[int, int]:
-        """(start, tokens) of the prefill step that runs or would come next."""
-        most = self.limits.prefill_tokens
-        if flights := live.flights[Lane.PREFILL]:
-            _, start, count, _ = flights[0].batch.slices[0]
-            return start, count
-        started = [request for request in live.prefilling if request.planned < request.known]
-        start = started[0].planned if started else 0
-        queue = started or itertools.islice(live.waiting, 4)
-        return start, min(sum(request.known - request.planned for request in queue), most)
 
     def _ways(self, decode: Work, start: int, tokens: int, prefilling: bool, decoding: bool) -> list[Way]:
         """Every candidate for this decode batch beside a prefill step. A lane with a step in flight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 
 from semipd.core.admission import Admission
@@ -35,6 +36,17 @@ def decode_slices(live: Live, kv: KVManager, limit: int) -> list[Slice]:
     if live.preempted:
         slices = [piece for piece in slices if piece.slot in live.by_slot]
     return slices
+
+
+def next_prefill(live: Live, most: int) -> tuple[int, int]:
+    """(start, tokens <= most) of the prefill step that runs, or about what the next one will be."""
+    if flights := live.flights[Lane.PREFILL]:
+        _, start, count, _ = flights[0].batch.slices[0]
+        return start, count
+    started = [request for request in live.prefilling if request.planned < request.known]
+    start = started[0].planned if started else 0
+    queue = started or itertools.islice(live.waiting, 4)
+    return start, min(sum(request.known - request.planned for request in queue), most)
 
 
 def prefill_slices(
