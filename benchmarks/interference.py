@@ -138,7 +138,13 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def quantile(values: list[float], share: float) -> float:
+    """NaN without values: streams that prompts held up all the time."""
     return sorted(values)[min(int(share * len(values)), len(values) - 1)] if values else math.nan
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it: nothing instead of NaN."""
+    return {key: None if value != value else value for key, value in row.items()}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -184,7 +190,12 @@ def main() -> int:
         write_shape(options.shape, Path(folder))
         rows = [measure(name, Path(folder), options) for name in options.settings]
     show(rows)
-    result = {"benchmark": "interference", "shape": options.shape, "machine": describe(), "rows": rows}
+    result = {
+        "benchmark": "interference",
+        "shape": options.shape,
+        "machine": describe(),
+        "rows": [*map(finite, rows)],
+    }
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
         plot(rows, options.out.with_suffix(".png"))
