@@ -22,13 +22,13 @@ from semipd.core.batching import decode_slices, next_prefill, prefill_slices
 from semipd.core.lengths import LengthPredictor
 from semipd.core.live import Live
 from semipd.core.order import Order, PromptWork
-from semipd.core.partition import Targets
+from semipd.core.partition import Lateness, Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
 
 MISS = 20.0  # seconds of latency that one missed target is worth
-LATER = 0.4  # of that for prompts yet to come, of whom less is known
+LATER = 0.4  # of that at most, for prompts yet to come: as far as recent ones were late
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 FORESEEN = 24  # prompts looked at one by one
 STREAM_GROUPS = 4  # decoding requests are scored in this many groups
@@ -85,6 +85,7 @@ class Auto:
         self._work = work or PromptWork(cost, device.units)
         self._soon = (1.0 - MARGIN) * targets["default"].ttft  # what a prompt yet to come should not exceed
         self._lengths = LengthPredictor()
+        self._lateness = Lateness(targets, MARGIN)
         self._log_ratio = dict.fromkeys(Lane, 0.0)  # observed over predicted seconds, smoothed
         self._slowness = dict.fromkeys(Lane, 1.0)  # its exponential
         self._ratios = (0, 0)  # in the keys of tables
@@ -113,6 +114,7 @@ class Auto:
                 self._learn(result.lane, max(-1.5, min(math.log(observed / seconds), 1.5)))
         else:
             self._lengths(event)
+            self._lateness(event)
 
     def _learn(self, lane: Lane, news: float) -> None:
         ratios = self._log_ratio
@@ -197,7 +199,7 @@ class Auto:
         busy = wait + backlog / max(kept - self._work.load, 0.05 * kept)
         found = self._work.arrivals * busy  # arrive meanwhile, and find half of what is waiting now
         total += found * (behind := 0.5 * (wait + backlog * slowness))
-        misses += LATER * found * self._work.tail(self._soon - behind, kept)
+        misses += LATER * self._lateness.pressure * found * self._work.tail(self._soon - behind, kept)
         done = busy / step if 0.0 < step < math.inf else 0.0
         for size, remaining, allowance, soon in groups:
             last = remaining * step

@@ -8,12 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semipd.core.partition import Observation, Paper, Shared, Static, Targets, Window, WindowCollector
+from semipd.core.partition import (
+    Lateness,
+    Observation,
+    Paper,
+    Shared,
+    Static,
+    Targets,
+    Window,
+    WindowCollector,
+)
 from semipd.core.types import (
     Finished,
     FinishReason,
     Lane,
     Request,
+    Sampling,
     Split,
     Stepped,
     StepResult,
@@ -123,3 +133,26 @@ def test_windows_hold_quantiles_of_what_happened() -> None:
     assert (news.ttft, news.tpot) == (pytest.approx(1.0), pytest.approx(0.1))
     assert news.load == pytest.approx(0.1)  # ten steps of 0.2 s on half the device in 10 s
     assert collector.close(split, 11.0) is None, "a new window begins"
+
+
+def test_lateness_presses_as_far_as_recent_first_tokens_were_late() -> None:
+    lateness = Lateness({"default": Targets(1.0), "slow": Targets(10.0)}, 0.15)
+
+    def ended(first: float, service_class: str = "default") -> None:
+        request = Request("r", range(4), 4, Sampling(), service_class=service_class)
+        request.first_token_at = first
+        lateness(Finished(0.0, request))
+
+    for _ in range(50):
+        ended(0.8)
+        ended(5.0, "slow")
+        ended(-1.0)  # had no token at all: says nothing about the wait
+    assert lateness.pressure == 0.0
+    ended(0.9)
+    assert 0.0 < lateness.pressure < 1.0
+    for _ in range(5):
+        ended(2.0)
+    assert lateness.pressure == 1.0
+    for _ in range(300):
+        ended(0.1)
+    assert lateness.pressure < 0.01
