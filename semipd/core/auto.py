@@ -9,7 +9,8 @@ were kept until the prompts are done. The way with the least
     sum of the times to the last token + MISS * expected number of missed targets
 
 is taken: decode gets the least that meets its target with margin when prompts press, a predicted TTFT miss
-is bought off with decode's slack, and when both fail, the fewest miss.
+(of prompts yet to come too, as far as recent ones came near to their targets) is bought off with decode's
+slack, and when both fail, the fewest miss.
 """
 
 from __future__ import annotations
