@@ -4,6 +4,7 @@ One cell is (case, targets, way, seed): the rate at which 90% of the requests me
 latencies at fixed rates. All ways see the same requests. Cells are kept in a JSON-lines file with the
 commit they were made from and are not computed again unless they hold fewer requests than are asked for,
 so a run can be stopped and resumed; several runs with different --only or --seeds can share a file.
+Seeds 1 to 3 are for the tables; policies are tuned on seeds from 100 on, in a file of their own.
 
     python -m benchmarks.paper --cells benchmarks/results/paper.jsonl [--only 8b-sharegpt] [--seeds 1 2 3]
     python -m benchmarks.paper_table --cells benchmarks/results/paper.jsonl
