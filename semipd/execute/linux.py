@@ -4,26 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
-
-
-def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that started this process ends. Raises EOFError when it already has.
-
-    parent: its process id."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise EOFError("the parent process is gone")
-
-
-def outlive_parent() -> None:
-    """Take `die_with_parent` back."""
-    _prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def keep_freed_memory() -> None:
@@ -54,9 +38,3 @@ def table(path: str) -> dict[str, int]:
     """The first number after each name in a table of the system; empty when there is none."""
     rows = (line.split() for line in read_text(path).splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
-
-
-def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl failed")

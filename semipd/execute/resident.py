@@ -27,10 +27,11 @@ import torch
 
 from semipd.core.errors import ConfigError
 from semipd.execute.cgroup import available_memory
-from semipd.execute.linux import die_with_parent, outlive_parent, thread_ids
+from semipd.execute.linux import thread_ids
 from semipd.execute.shared import LANES, SharedMemory
 from semipd.execute.wire import Channel, Close, Failed, Fork, Forked, Job, Order, Ready, Start
 from semipd.execute.worker import Storage, work
+from semipd.lifetime import die_with_parent, outlive_parent
 from semipd.model.dense import load_model
 
 log = logging.getLogger(__name__)

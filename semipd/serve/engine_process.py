@@ -6,9 +6,7 @@ Started by `process_link` as a fresh interpreter. No torch in it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import os
 import queue
 import signal
 import socket
@@ -22,6 +20,7 @@ from semipd.build import build_engine, targets_of
 from semipd.config import Config, from_mapping
 from semipd.core.engine import Engine
 from semipd.core.ports import Observer
+from semipd.lifetime import die_with_parent
 from semipd.serve.messages import (
     Abort,
     Ask,
@@ -36,7 +35,6 @@ from semipd.serve.messages import (
 from semipd.serve.planner import Planner
 from semipd.serve.record import TraceRecorder
 
-_PR_SET_PDEATHSIG = 1
 _RECEIVE_BYTES = 1 << 18
 
 
@@ -44,11 +42,15 @@ def main(
     arguments: Sequence[str],
     build: Callable[[Config, Sequence[Observer]], Engine] = build_engine,
 ) -> None:
-    """arguments: the number of the socket's file descriptor, open in this process."""
-    die_with_parent()
+    """arguments: the number of the socket's descriptor, open in this process; the starter's process id."""
+    descriptor, parent = map(int, arguments)
+    try:
+        die_with_parent(parent)
+    except EOFError:
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setproctitle.setproctitle("semipd-engine")
-    with socket.socket(fileno=int(arguments[0])) as connection:
+    with socket.socket(fileno=descriptor) as connection:
         serve(connection, build)
 
 
@@ -83,14 +85,6 @@ def _recorders(config: Config) -> list[Observer]:
     """Raises ConfigError when the trace cannot be written."""
     path = config.server.record_trace
     return [TraceRecorder(path, config.cache.block_size)] if path is not None else []
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that started it ends."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
-        os._exit(1)
 
 
 def _messages(connection: socket.socket) -> Iterator[Down]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,10 +90,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def start(
-    folder: Path, *settings: str, pace: int = 0, delay: float = 0.0
+    folder: Path, *settings: str, pace: int = 0, delay: float = 0.0, under: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), *settings],
+        [*under, sys.executable, "-c", SCRIPT, str(folder), *settings],
         cwd=ROOT,
         env={**os.environ, "FAKE_PACE": str(pace), "FAKE_DELAY": str(delay)},
         stdout=subprocess.PIPE,
@@ -130,6 +131,15 @@ def test_it_serves_without_torch_and_ctrl_c_ends_it(folder: Path) -> None:
         assert server.process.stdout.read() == "False False\n", (
             "torch or transformers came into the API process"
         )
+
+
+def test_it_serves_as_the_first_process_of_a_container(folder: Path) -> None:
+    """The engine took a parent with the number 1 for a parent that was gone."""
+    alone = ["unshare", "--pid", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("needs leave to make a namespace of process ids")
+    with start(folder, under=alone) as process, Running(process).client() as client:
+        assert client.post("/v1/completions", json={"prompt": "hello"}).status_code == 200
 
 
 def test_while_loading_it_listens_and_can_be_ended(folder: Path) -> None:
