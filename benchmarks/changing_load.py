@@ -11,7 +11,6 @@ Attainment is the share of requests that met both targets; with the mean latenci
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.both import Machine, lengths, machine, poisson, run_real, run_simulated
-from benchmarks.machine import describe
+from benchmarks.machine import deliver, describe
 from semipd.core.partition import Targets
 from semipd.trace import Arrival
 
@@ -116,9 +115,7 @@ def main() -> int:
         "machine": describe(),
         "rows": rows,
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    deliver(result, options.out)
     return 0
 
 

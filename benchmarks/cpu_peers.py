@@ -29,7 +29,6 @@ A figure is the median over rounds; the JSON has every round.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -44,7 +43,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
+from benchmarks.machine import deliver, describe
 from benchmarks.peers.engines import NAMES, PEERS, Engines
 from benchmarks.peers.servers import start_figures
 from benchmarks.peers.tasks import (
@@ -309,9 +308,7 @@ def main() -> int:
         "mixes": mixes,
         "left_out": results.left_out,
     }
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+    deliver(found, options.out)
     return 0
 
 

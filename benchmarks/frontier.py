@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
@@ -29,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_peers import peer, say
-from benchmarks.machine import describe
+from benchmarks.machine import deliver, describe
 from benchmarks.peers.engines import Engines
 from benchmarks.peers.servers import Remote, free_port, running, server
 from benchmarks.peers.tasks import random_prompts, worst_gap
@@ -233,11 +232,9 @@ def main() -> int:
                 say(f"{setting.name} is left out: {error}")
     show(rows, left_out)
     found = {"benchmark": "frontier", "machine": describe(), "rows": rows, "left_out": left_out}
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
-        if rows:
-            plot(rows, options.out.with_suffix(".png"))
-    print(json.dumps(found))
+    if options.out and rows:
+        plot(rows, options.out.with_suffix(".png"))
+    deliver(found, options.out)
     return 0
 
 

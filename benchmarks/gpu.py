@@ -11,7 +11,6 @@ profile (curves over shares). Without a GPU: one line and exit code 0.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bare import prepare
-from benchmarks.machine import describe
+from benchmarks.machine import deliver, describe
 from benchmarks.shapes import SHAPES, write_shape
 
 TARGETS = {  # milliseconds on one H200, from the issue that asked for them
@@ -345,9 +344,7 @@ def main() -> int:
                     print(f"  failed: {type(error).__name__}: {error}", flush=True)
                     result[part] = {"error": f"{type(error).__name__}: {error}"}
         setup.executor.close()
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    deliver(result, options.out)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import random
 import sys
@@ -24,7 +23,7 @@ from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
+from benchmarks.machine import deliver, describe
 from benchmarks.shapes import SHAPES, write_shape
 from semipd.build import build_engine
 from semipd.config import from_mapping
@@ -197,9 +196,8 @@ def main() -> int:
         "rows": [*map(finite, rows)],
     }
     if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
         plot(rows, options.out.with_suffix(".png"))
-    print(json.dumps(result))
+    deliver(result, options.out)
     return 0
 
 

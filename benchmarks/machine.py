@@ -1,8 +1,9 @@
-"""What a benchmark ran on, for its last JSON line."""
+"""What a benchmark ran on, and its last JSON line."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 from pathlib import Path
@@ -20,6 +21,13 @@ def describe() -> dict[str, Any]:
         "torch": _version("torch"),
         "semipd": _version("semipd"),
     }
+
+
+def deliver(result: dict[str, Any], out: Path | None) -> None:
+    """Print the last line, and write the same to a file if one is named."""
+    if out:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
 
 
 def _cpuinfo() -> str:

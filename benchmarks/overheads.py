@@ -12,7 +12,6 @@ weights, packed tied head, KV pool and 600 MB.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import random
@@ -27,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
+from benchmarks.machine import deliver, describe
 from benchmarks.overheads_http import LIMIT_MS, compare
 from benchmarks.overheads_memory import measure as measure_memory
 from benchmarks.shapes import write_shape
@@ -222,9 +221,7 @@ def main() -> int:
                 rows.append(measure_memory(shape, Path(name), dtype, MEMORY[shape], options.requests))
         result["memory"] = rows
         show_memory(console, rows)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    deliver(result, options.out)
     return 0
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.both import Machine, lengths, machine, poisson, run_real, run_simulated
-from benchmarks.machine import describe
+from benchmarks.machine import deliver, describe
 from semipd.core.partition import Targets
 from semipd.trace import Arrival
 
@@ -108,9 +108,7 @@ def main() -> int:
         "fit": fit,
         "rows": rows,
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    deliver(result, options.out)
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
+from benchmarks.machine import deliver, describe
 from semipd.bench.scenario import Scenario, simulate
 from semipd.config import PolicyConfig
 
@@ -112,9 +112,7 @@ def main() -> int:
         "machine": describe(),
         "rows": rows,
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    deliver(result, options.out)
     return 0
 
 

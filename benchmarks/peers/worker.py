@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import psutil
 
-from semipd.execute.linux import die_with_parent
+from semipd.lifetime import die_with_parent
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
