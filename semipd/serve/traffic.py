@@ -35,8 +35,8 @@ async def log_traffic(service: Service, every: float = EVERY_SECONDS) -> None:
 def line(stats: Stats, last: Stats | None, seconds: float) -> str:
     """What happened since `last`, `seconds` ago."""
     prompt, generated, queried, hit = (
-        now - then
-        for now, then in zip(_produced(stats), _produced(last) if last else (0,) * 4, strict=True)
+        count - before
+        for count, before in zip(_produced(stats), _produced(last) if last else (0,) * 4, strict=True)
     )
     share = f"{100 * hit / queried:.0f}%" if queried else "-"
     return (
