@@ -209,6 +209,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="*", help="only those whose name starts with one of these")
     parser.add_argument("--skip", nargs="*", default=[], help="none whose name starts with one of these")
     parser.add_argument("--slos", nargs="*", help="only these targets")
+    parser.add_argument("--usual-order", action="store_true", help="no way in the order of prompts of others")
     options = parser.parse_args()
     source, new = commit(), 0
     for key in (
@@ -220,6 +221,7 @@ def main() -> int:
         if (not options.ways or way.startswith(tuple(options.ways)))
         and not way.startswith(tuple(options.skip))
         and (not options.slos or slo in options.slos)
+        and not (options.usual_order and way.endswith((SHORTEST, ARRIVAL)))
     ):
         done = read_cells(options.cells)  # again, as another run may have written to it
         if key in done and done[key]["requests"] >= (options.requests or CASES[key[0]].requests):
