@@ -53,27 +53,35 @@ class CompiledLinear(Native):
 
     def __init__(self, kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """weight: [outputs, inputs]; in bfloat16, inputs are a multiple of 32."""
-        self._set(
-            kernels, weight.shape[0], padded_to(weight), None if bias is None else padded_to(bias), False
-        )
+        padded = padded_to(weight)
+        if tiled(weight):
+            packed = pack(*padded.view(-1, 2, 16, weight.shape[1]).unbind(1))
+        else:
+            packed = pack_floats(padded)
+        self._set(kernels, weight, packed, None if bias is None else padded_to(bias), False)
 
     def _set(
-        self, kernels: Kernels, outputs: int, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool
+        self,
+        kernels: Kernels,
+        weight: torch.Tensor,
+        packed: torch.Tensor,
+        bias: torch.Tensor | None,
+        gated: bool,
     ) -> None:
-        tiled = weight.dtype == torch.bfloat16
-        self._weight = pack(weight) if tiled else pack_floats(weight)
+        """weight: one matrix as it was, for its size. packed: [columns / 32, ...]."""
+        self._weight = packed
         self._bias = None if bias is None else bias.float().contiguous()
         shape = LinearShape(
-            TILES if tiled else FLOATS,
+            TILES if tiled(weight) else FLOATS,
             kernels.level,
             weight.shape[1],
-            outputs,
-            weight.shape[0] // PAIR,
+            weight.shape[0],
+            packed.shape[0],
             gated,
-            self._weight.data_ptr(),
+            packed.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
         )
-        super().__init__(kernels, shape, outputs)
+        super().__init__(kernels, shape, weight.shape[0])
 
 
 class CompiledGated(CompiledLinear):
@@ -90,17 +98,21 @@ class CompiledGated(CompiledLinear):
         bias = None
         if gate_bias is not None and up_bias is not None:
             bias = interleaved(gate_bias, up_bias)
-        self._set(kernels, gate.shape[0], interleaved(gate, up), bias, True)
+        if tiled(gate):
+            packed = pack(*(padded_to(x, 16).view(-1, 16, x.shape[1]) for x in (gate, up)))
+        else:
+            packed = pack_floats(interleaved(gate, up))
+        self._set(kernels, gate, packed, bias, True)
 
 
 def compiled_kind(kernels: Kernels | None, dtype: torch.dtype, otherwise: Kind) -> Kind:
     """Compiled linears wherever kernels, dtype and shape allow them; `otherwise` elsewhere."""
-    tiled = dtype == torch.bfloat16
-    if kernels is None or kernels.level < (AMX if tiled else AVX512):
+    depth = DEPTH if dtype == torch.bfloat16 else 1
+    if kernels is None or kernels.level < (AMX if dtype == torch.bfloat16 else AVX512):
         return otherwise
 
     def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Compute:
-        if tiled and weight.shape[1] % DEPTH:
+        if weight.shape[1] % depth:
             return otherwise.linear(weight, bias)
         return CompiledLinear(kernels, weight, bias)
 
@@ -110,18 +122,27 @@ def compiled_kind(kernels: Kernels | None, dtype: torch.dtype, otherwise: Kind) 
         up: torch.Tensor,
         up_bias: torch.Tensor | None,
     ) -> Compute:
-        if (tiled and gate.shape[1] % DEPTH) or (gate_bias is None) != (up_bias is None):
+        if gate.shape[1] % depth or (gate_bias is None) != (up_bias is None):
             return otherwise.gated(gate, gate_bias, up, up_bias)
         return CompiledGated(kernels, gate, gate_bias, up, up_bias)
 
     return Kind("compiled", linear, gated)
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[columns, inputs] -> [columns / 32, inputs / 32, 2 panels, 16 pairs of inputs, 16 columns, 2]."""
-    columns, inputs = weight.shape
-    tiles = weight.view(columns // PAIR, 2, 16, inputs // DEPTH, 16, 2)
-    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+def tiled(weight: torch.Tensor) -> bool:
+    """Whether it is for tile registers."""
+    return weight.dtype == torch.bfloat16
+
+
+def pack(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """bfloat16 [columns / 32, 16, inputs] of each of two panels
+    -> [columns / 32, inputs / 32, 2 panels, 16 pairs of inputs, 16 columns, 2]."""
+    pairs, inputs = first.shape[0], first.shape[2]
+    packed = torch.empty((pairs, inputs // DEPTH, 2, 16, 16), dtype=torch.int32)
+    for panel, rows in enumerate((first, second)):
+        words = rows.view(torch.int32)  # pairs of inputs move as one: four times as fast
+        packed[:, :, panel].copy_(words.view(pairs, 16, -1, 16).permute(0, 2, 3, 1))
+    return packed.view(torch.bfloat16)
 
 
 def pack_floats(weight: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ class PlainLinear:
     """The twin that any torch can run."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight = weight
+        self.weight = weight.clone()  # it may be a view of a file
         self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,7 @@ class QuantizedWeights:
                 return self._compressed(stem, shape, group)
         elif self._stored.holds(f"{stem}qweight"):
             return self._columns(stem, shape, group)
-        return self._stored.take(name, shape)
+        return self._stored.matrix(name, shape)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Biases of nothing but zeros, which some tools write everywhere, may be left."""

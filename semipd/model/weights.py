@@ -40,7 +40,8 @@ class Weights(Protocol):
         ...
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
-        """The weights of a linear layer, in the form that the checkpoint has them in."""
+        """The weights of a linear layer, in the form that the checkpoint has them in. They may be a view of
+        the file: whoever keeps them copies them."""
         ...
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
@@ -62,15 +63,12 @@ class SafetensorsWeights:
         self.dtype = _target(dtype, stored or self._stored(), device)
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = self.raw(name)
-        if tuple(tensor.shape) != shape:
-            raise ConfigError(f"{self._folder}: {name} has shape {list(tensor.shape)}, not {list(shape)}")
-        if tensor.dtype not in DTYPES.values():
-            raise ConfigError(f"{self._folder}: {name} is stored as {tensor.dtype}, which is not supported")
-        return torch.empty(shape, dtype=self.dtype, device=self._device).copy_(tensor)
+        return self._own(self._checked(name, shape))
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
-        return self.take(name, shape)
+        tensor = self._checked(name, shape)
+        aligned = tensor.data_ptr() % 4 == 0  # who packs it moves pairs of numbers
+        return tensor if aligned and tensor.dtype == self.dtype else self._own(tensor)
 
     def holds(self, name: str) -> bool:
         """Whether the checkpoint has a tensor of this name."""
@@ -90,6 +88,18 @@ class SafetensorsWeights:
             raise ConfigError(f"{self._folder}: {name} cannot be read: {error}") from None
         self._taken.add(name)
         return tensor
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor as it is stored, if it has this shape and a dtype that can be computed in."""
+        tensor = self.raw(name)
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(f"{self._folder}: {name} has shape {list(tensor.shape)}, not {list(shape)}")
+        if tensor.dtype not in DTYPES.values():
+            raise ConfigError(f"{self._folder}: {name} is stored as {tensor.dtype}, which is not supported")
+        return tensor
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=self.dtype, device=self._device).copy_(tensor)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         left = {name for name in self.left() - set(ignored) if not _DERIVED.search(name)}

@@ -130,6 +130,24 @@ def test_tensors_do_not_keep_the_file_mapped(folder: Path) -> None:
     assert tensor.untyped_storage().nbytes() == 48 * 4
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_does_not_keep_its_file_mapped(tmp_path: Path, packed: bool) -> None:
+    """Linear layers are made from views of it; one that kept its view would read what is written there."""
+    folder = make_checkpoint(tmp_path, "qwen2", num_hidden_layers=1, dtype="bfloat16")
+    model = load_model(folder, pack=packed, kernels=packed)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert model.dtype == torch.bfloat16
+
+
+def test_matrices_may_begin_between_words(tmp_path: Path) -> None:
+    """Pairs of numbers are moved as one when they are packed."""
+    matrix = torch.randn(32, 64).bfloat16()
+    save_file({"a": torch.ones(3, dtype=torch.bfloat16), "b": matrix}, tmp_path / "model.safetensors")
+    found = SafetensorsWeights(tmp_path, "auto", "bfloat16").matrix("b", (32, 64))
+    assert isinstance(found, torch.Tensor) and found.data_ptr() % 4 == 0
+    assert torch.equal(found, matrix)
+
+
 def test_dummy_weights_need_only_a_config_and_stay_finite(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "a", "qwen3", num_hidden_layers=6)
     folder = tmp_path / "b"
