@@ -29,6 +29,7 @@ from semipd.execute.clock import MonotonicClock
 from semipd.execute.cores import available_cores
 from semipd.execute.cost import StepCost, kv_capacity
 from semipd.execute.device_file import DeviceFile, load_device
+from semipd.execute.launch import ResidentProcess
 from semipd.execute.sim import Isolated, SimExecutor, VirtualClock
 from semipd.execute.step_profile import ProfiledCost, shape_of
 from semipd.model.catalogue import CATALOGUE, named_spec
@@ -92,12 +93,20 @@ def resolve(config: Config) -> Resolved:
     return Resolved(config, folder, spec, name, device, dtype, blocks, max_length, cores)
 
 
-def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) -> Engine:
+def build_engine(
+    config: Config | Resolved,
+    observers: Iterable[Observer] = (),
+    resident: ResidentProcess | None = None,
+) -> Engine:
     """Start the executor and put the planner on it. Call on the thread that will run `Engine.step`, which
-    must outlive the loading at least. The caller closes `engine.executor`."""
+    must outlive the loading at least. The caller closes `engine.executor`. resident: one that was started
+    before, for an engine on the CPU."""
     resolved = config if isinstance(config, Resolved) else resolve(config)
     settings = resolved.config
-    executor, blocks, max_length = (_start_cuda if resolved.device == "cuda" else _start_cpu)(resolved)
+    if resolved.device == "cuda":
+        executor, blocks, max_length = _start_cuda(resolved)
+    else:
+        executor, blocks, max_length = _start_cpu(resolved, resident)
     try:
         known = executor.device
         cost = predictor(settings.policy, resolved.spec, resolved.dtype, known)
@@ -117,7 +126,7 @@ def build_engine(config: Config | Resolved, observers: Iterable[Observer] = ()) 
     )
 
 
-def _start_cpu(resolved: Resolved) -> tuple[Executor, int, int]:
+def _start_cpu(resolved: Resolved, resident: ResidentProcess | None) -> tuple[Executor, int, int]:
     """(executor, KV blocks, most tokens of one sequence)."""
     from semipd.execute.cpu import CpuExecutor
 
@@ -134,6 +143,7 @@ def _start_cpu(resolved: Resolved) -> tuple[Executor, int, int]:
         blocks=resolved.blocks,
         block_size=resolved.block_size,
         cores=resolved.cores,
+        resident=resident,
     )
     return executor, resolved.blocks, resolved.max_length
 

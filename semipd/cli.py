@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
@@ -149,20 +150,29 @@ def read_config(options: argparse.Namespace) -> Config:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from semipd.serve.server import run_server
+    from semipd.serve.launch import EngineProcess
 
     config = read_config(options)
     _set_log_level(config.server.log_level)
-    return run_server(config)
+    with EngineProcess(config.model.device) as engine:  # it imports what it needs while we do
+        from semipd.serve.server import run_server
+
+        return run_server(config, engine)
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from semipd import LLM, SamplingParams
+    from semipd.start import build_on, early_resident
 
     prompts = _read_prompts(options)
     most = check("max_tokens", options.max_tokens, MAX_TOKENS)
-    params = SamplingParams(max_tokens=most, temperature=options.temperature)
-    with LLM.from_config(read_config(options)) as llm:
+    config = read_config(options)
+    with contextlib.ExitStack() as resources:
+        if (resident := early_resident(config.model.device)) is not None:
+            resources.callback(resident.close)
+        from semipd import LLM, SamplingParams  # while the resident imports what it needs
+
+        params = SamplingParams(max_tokens=most, temperature=options.temperature)
+        llm = resources.enter_context(LLM.from_config(config, build_on(resident)))
         for prompt, result in zip(prompts, llm.generate(prompts, params), strict=True):
             output = result.outputs[0]
             if options.json:

@@ -18,7 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from semipd.build import Resolved, build_engine, resolve, targets_of
 from semipd.config import Config, ServerConfig, from_mapping
+from semipd.core.engine import Engine
 from semipd.core.errors import ConfigError, EngineDead, Refused
+from semipd.core.ports import Observer
 from semipd.serve.generation import Plan, RequestMaker, generate
 from semipd.serve.messages import Stats
 from semipd.serve.model_folder import ModelFolder, read_model_folder
@@ -32,6 +34,7 @@ from semipd.serve.tokenizer import Tokenizer
 LONG_BATCH = 8  # prompts; from here on, a terminal is shown a progress bar
 
 Prompt = str | Sequence[int]
+BuildOn = Callable[[Resolved, Sequence[Observer]], Engine]
 Result = TypeVar("Result")
 
 
@@ -70,13 +73,15 @@ class LLM:
                 raise ConfigError(f"{name} is a setting of the server, not of LLM")
         config = from_mapping({**settings, "model": None if model is None else str(model)})
         resolved = resolve(config)
-        self._start(config, read_model_folder(resolved.folder), _builder(resolved))
+        folder = read_model_folder(resolved.folder)
+        self._start(config, folder, lambda observers: build_engine(resolved, observers))
 
     @classmethod
-    def from_config(cls, config: Config) -> LLM:
-        """The same, from a Config."""
+    def from_config(cls, config: Config, build: BuildOn = build_engine) -> LLM:
+        """The same, from a Config; build: see `start.build_on`."""
         resolved = resolve(config)
-        return cls.from_builder(config, read_model_folder(resolved.folder), _builder(resolved))
+        model = read_model_folder(resolved.folder)
+        return cls.from_builder(config, model, lambda observers: build(resolved, observers))
 
     @classmethod
     def from_builder(cls, config: Config, model: ModelFolder, build: Build) -> LLM:
@@ -204,10 +209,6 @@ def _complete(work: Coroutine[Any, Any, Result]) -> Result:
     # Inside somebody's event loop (a notebook), which cannot be entered twice.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()
-
-
-def _builder(resolved: Resolved) -> Build:
-    return lambda observers: build_engine(resolved, observers)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

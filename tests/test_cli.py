@@ -85,7 +85,7 @@ def test_a_config_file_gives_defaults_that_flags_override(
     file.write_text("policy: chunked\nchunk-tokens: 1K\nport: 9000\n")
     seen: list[Config] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semipd.serve.server.run_server", lambda config: seen.append(config) or 0)
+        patch.setattr("semipd.serve.server.run_server", lambda config, engine: seen.append(config) or 0)
         assert main(["serve", "x", "--config", str(file), "--port", "9001"]) == 0
     (config,) = seen
     assert (config.policy.chunk_tokens, config.server.port, config.model.model) == (1024, 9001, "x")

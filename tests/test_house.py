@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "model": {"core"},
     "execute": {"core", "lifetime", "model"},
     "sizing": {"config", "core", "execute", "model"},
+    "start": {"build", "config", "core", "execute", "lifetime", "serve"},
     "build": {"config", "core", "execute", "model", "sizing"},
     "serve": {"build", "config", "core", "flags", "lifetime", "model", "trace", "units"},
     "bench": {"build", "config", "core", "execute", "flags", "model", "trace", "units"},
     "chat": {"core", "flags", "units"},
     "llm": {"build", "config", "core", "serve"},
     "__init__": {"llm", "serve"},
-    "cli": {"", "bench", "chat", "config", "core", "llm", "serve"},
+    "cli": {"", "bench", "chat", "config", "core", "llm", "serve", "start"},
 }
 
 

@@ -69,7 +69,7 @@ class CpuExecutor:
     `ModelConfig`.
     slots, max_length, blocks, block_size: the shape of the slot table and of the KV pool.
     cores: system numbers of the cores to use; default: all that this process may use.
-    depth: steps in flight per lane.
+    depth: steps in flight per lane. resident: one that was started before; this executor's from here on.
 
     The constructor returns when the model is loaded and both workers exist. It raises ConfigError for a
     setting or a folder that cannot work and ExecutorLost when the resident fails otherwise. Must be closed.
@@ -90,6 +90,7 @@ class CpuExecutor:
         quantize_head: bool = False,
         cores: Sequence[int] | None = None,
         depth: int = 2,
+        resident: ResidentProcess | None = None,
     ) -> None:
         numbers = _check_cores(cores)
         self.device = cpu_device(len(numbers), depth)
@@ -116,7 +117,7 @@ class CpuExecutor:
         )
         self._resources = contextlib.ExitStack()
         try:
-            self._acquire(start)
+            self._acquire(start, resident)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):  # no descriptors, processes or memory for so few as these
@@ -197,7 +198,7 @@ class CpuExecutor:
         if self._lost is not None:
             raise ExecutorLost(self._lost)
 
-    def _acquire(self, start: Start) -> None:
+    def _acquire(self, start: Start, resident: ResidentProcess | None) -> None:
         """Make the memory and the processes; `close` gives back whatever was made."""
         self._shared = SharedMemory.new(start.slots, start.max_length, start.block_size)
         self._resources.callback(self._shared.close)
@@ -206,7 +207,7 @@ class CpuExecutor:
         self._resources.callback(os.close, self._alarm)
         self._events = self._resources.enter_context(select.epoll())
         self._events.register(self._alarm, select.EPOLLIN)
-        self._resident = ResidentProcess()
+        self._resident = resident or ResidentProcess()
         self._resources.callback(self._resident.close)
         self._events.register(self._resident.channel.fileno(), select.EPOLLIN)
         self._resident.load(start, self._shared.descriptor)

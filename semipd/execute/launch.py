@@ -33,9 +33,16 @@ _ENVIRONMENT = {
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # The parent's import path, so that both find the same code; -P keeps a file in the working directory from
 # hiding a module.
+#
+# Torch takes more than a second to import: the kernel must watch the parent from before.
 _PROGRAM = """
 import sys
-sys.path[:] = sys.argv[2:]
+sys.path[:] = sys.argv[3:]
+from semipd.lifetime import die_with_parent
+try:
+    die_with_parent(int(sys.argv[2]))
+except EOFError:
+    sys.exit()
 from semipd.execute.resident import main
 main(int(sys.argv[1]))
 """
@@ -44,7 +51,8 @@ main(int(sys.argv[1]))
 class ResidentProcess:
     """Starts the resident: a fresh interpreter, since a fork of the caller would inherit its locks.
 
-    It has a process group of its own: Ctrl-C in a terminal reaches the parent, which decides.
+    It has a process group of its own: Ctrl-C in a terminal reaches the parent, which decides. Until the
+    model is loaded it ends with the thread that made this object.
     """
 
     def __init__(self) -> None:
@@ -53,7 +61,10 @@ class ResidentProcess:
             undo.callback(ours.close)
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
+                    [
+                        *(sys.executable, "-P", "-c", _PROGRAM),
+                        *(str(theirs.fileno()), str(os.getpid()), *sys.path),
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,  # the caller's output is the caller's; messages go to stderr
                     env=environment(),
@@ -61,6 +72,7 @@ class ResidentProcess:
                     process_group=0,
                 )
             self.channel: Channel[Answer] = Channel(ours, Answer)
+            self._listens = False
             undo.pop_all()
 
     @property
@@ -79,6 +91,7 @@ class ResidentProcess:
         if isinstance(answer, Failed):
             raise ConfigError(answer.message) if answer.config else ExecutorLost(answer.message)
         assert isinstance(answer, Ready)
+        self._listens = True
 
     def fork(self, lane: int) -> Channel[Done]:
         """Order a worker; returns our end of its socket, which takes jobs at once. Raises ExecutorLost."""
@@ -107,11 +120,12 @@ class ResidentProcess:
         return f"the resident process ended with exit code {code}"
 
     def close(self) -> None:
-        """End the resident and its workers; by force when it does not do so itself in `PATIENCE`."""
+        """End the resident and its workers; by force when it does not do so itself in `PATIENCE`.
+        Idempotent."""
         with contextlib.suppress(OSError):  # it may be gone
             self.channel.send(Close())
         try:
-            self._process.wait(timeout=PATIENCE)
+            self._process.wait(timeout=PATIENCE if self._listens else 0)  # while it loads it hears nothing
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

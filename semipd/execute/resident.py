@@ -4,9 +4,9 @@ then only forks, waits and forks again. Its workers share every page of both wit
 It must never start a thread: a fork copies only the thread that forks, so a pool's locks and queues would
 reach the workers broken. It never runs the model either.
 
-It ends when told to, when its socket closes, or when its parent dies. While it loads, and cannot listen,
-the kernel watches the parent for it (PR_SET_PDEATHSIG); later the socket and a pidfd do, because that
-signal also comes when only the *thread* that started the resident ends.
+It ends when told to, when its socket closes, or when its parent dies. While it imports torch and loads, and
+cannot listen, the kernel watches the parent for it (PR_SET_PDEATHSIG, see launch.py); later the socket and
+a pidfd do, because that signal also comes when only the *thread* that started the resident ends.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ def main(descriptor: int) -> None:
     try:
         start, (memory,) = channel.receive_with_descriptors()
         assert isinstance(start, Start)
-        die_with_parent(start.parent)
         logging.basicConfig(level=start.log_level, format="%(levelname)s %(name)s: %(message)s")
         storage = _load(start, memory, channel)
         if storage is not None:

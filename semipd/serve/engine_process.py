@@ -1,6 +1,6 @@
 """The engine's process: the planner on its main thread, a thread that reads, a thread that writes.
 
-Started by `process_link` as a fresh interpreter. No torch in it.
+Started by `launch` as a fresh interpreter, through `semipd.start`. No torch in it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import logging
 import queue
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -43,7 +42,7 @@ def main(
     build: Callable[[Config, Sequence[Observer]], Engine] = build_engine,
 ) -> None:
     """arguments: the number of the socket's descriptor, open in this process; the starter's process id."""
-    descriptor, parent = map(int, arguments)
+    descriptor, parent = map(int, arguments[:2])
     try:
         die_with_parent(parent)
     except EOFError:
@@ -112,7 +111,3 @@ def _write(connection: socket.socket, outgoing: queue.SimpleQueue[Up | None]) ->
     with contextlib.suppress(OSError):
         while (message := outgoing.get()) is not None:
             connection.sendall(frame(message))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from semipd.config import Config
+from semipd.serve.launch import EngineProcess
 from semipd.serve.messages import (
     Abort,
     Ask,
@@ -27,43 +25,31 @@ from semipd.serve.messages import (
     frame,
 )
 
-ENGINE_MODULE = "semipd.serve.engine_process"
 CLOSE_SECONDS = 2.0  # for an engine that may hang; with the rest of the way out, Ctrl-C keeps to 5 s
 
 
 class ProcessLink:
-    """Implements `session.Link`. The process is a fresh interpreter, ends with this one, and is deaf to the
-    terminal's Ctrl-C: this process tells it when to end. Call `start` and `open` on the main thread (the
-    kernel ends the child with the thread that started it)."""
+    """Implements `session.Link`, over an engine's process, which is this link's from here on."""
 
-    def __init__(self, config: Config, module: str = ENGINE_MODULE) -> None:
+    def __init__(self, config: Config, engine: EngineProcess) -> None:
         self._config = config
-        self._module = module
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._engine = engine
         self._transport: asyncio.Transport | None = None
-        self._built = False
+        self._started = self._built = self._killed = False
 
     @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+    def pid(self) -> int:
+        return self._engine.process.pid
 
     def start(self) -> None:
-        """Start the process; it loads the model meanwhile."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        ours.sendall(frame(Start(_plain(self._config))))
-        ours.setblocking(False)
-        self._socket = ours
+        """Tell the process what to load; it does so while this one goes on."""
+        with contextlib.suppress(OSError):  # it is gone; whoever listens will hear so
+            self._engine.socket.sendall(frame(Start(_plain(self._config))))
+        self._engine.socket.setblocking(False)
+        self._started = True
 
     async def open(self, deliver: Callable[[Up], None]) -> None:
-        if self._process is None:
+        if not self._started:
             self.start()
 
         def hear(message: Up) -> None:
@@ -71,7 +57,7 @@ class ProcessLink:
             deliver(message)
 
         self._transport, _ = await asyncio.get_running_loop().create_unix_connection(
-            lambda: _Protocol(hear, self._why_lost), sock=self._socket
+            lambda: _Protocol(hear, self._why_lost), sock=self._engine.socket
         )
 
     def send(self, message: Submit | Abort | Ask) -> None:
@@ -79,31 +65,27 @@ class ProcessLink:
             self._transport.write(frame(message))
 
     async def close(self) -> None:
-        if self._process is None:
+        if self._killed:
             return
         if self._transport is not None:
             if self._built:  # while it builds, it does not listen
                 self._transport.write(frame(Close()))
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    await asyncio.to_thread(self._process.wait, CLOSE_SECONDS)
+                    await asyncio.to_thread(self._engine.process.wait, CLOSE_SECONDS)
             self._transport.close()
         self.kill()
 
     def kill(self) -> None:
         """End the process without a word. Idempotent."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()  # does nothing to one that has ended
-            process.wait()
-        if self._socket is not None:
-            self._socket.close()
+        self._killed = True
+        self._engine.kill()
 
     def _why_lost(self) -> str:
         """After the socket was closed from the other end."""
-        if self._process is None:
+        if self._killed:
             return "the engine was closed"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(0.5)
+            code = self._engine.process.wait(0.5)
             return f"the engine process ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
         return "the engine process hung up"
 

@@ -28,9 +28,10 @@ from semipd.serve.chat import load_chat_template
 from semipd.serve.gate import Limits
 from semipd.serve.generation import RequestMaker
 from semipd.serve.http import allow_many_connections, http_server
+from semipd.serve.launch import EngineProcess
 from semipd.serve.messages import EngineInfo
 from semipd.serve.model_folder import read_model_folder
-from semipd.serve.process_link import ENGINE_MODULE, ProcessLink
+from semipd.serve.process_link import ProcessLink
 from semipd.serve.service import Service
 from semipd.serve.session import Session
 from semipd.serve.tokenizer import Tokenizer
@@ -42,10 +43,11 @@ SHOWN_PROMPT = "Once upon a time"  # to a model that does not say what to ask it
 log = logging.getLogger("semipd")
 
 
-def run_server(config: Config, engine_module: str = ENGINE_MODULE) -> int:
+def run_server(config: Config, engine: EngineProcess) -> int:
     """Serve until a signal ends it; returns the exit code. Raises ConfigError for what cannot work.
 
-    Call on the main thread: the engine's process ends with the thread that started it."""
+    engine: a process that waits for its settings; started on the main thread, since it ends with the thread
+    that started it."""
     setproctitle.setproctitle("semipd-api")
     allow_many_connections()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cores belong to the model
@@ -53,7 +55,7 @@ def run_server(config: Config, engine_module: str = ENGINE_MODULE) -> int:
     folder = read_model_folder(resolved.folder)
     listener = _listen(config.server.host, config.server.port)
     found = dataclasses.replace(config.model, model=str(resolved.folder))
-    link = ProcessLink(dataclasses.replace(config, model=found), engine_module)
+    link = ProcessLink(dataclasses.replace(config, model=found), engine)
     session = Session(link)
     with listener:
         link.start()  # it loads the model while this process loads the tokenizer

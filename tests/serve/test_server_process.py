@@ -30,11 +30,13 @@ SCRIPT = """
 import sys
 from semipd.config import from_mapping
 from semipd.core.errors import ConfigError
+from semipd.serve.launch import EngineProcess
 from semipd.serve.server import run_server
 values = dict(pair.split("=") for pair in sys.argv[2:])
 try:
     settings = {"model": sys.argv[1], "port": "0", "shutdown_timeout": "3", **values}
-    code = run_server(from_mapping(settings), engine_module="tests.serve.fake_process")
+    with EngineProcess(module="tests.serve.fake_process") as engine:
+        code = run_server(from_mapping(settings), engine)
 except ConfigError as error:
     print(error, file=sys.stderr)
     code = 2

@@ -17,6 +17,7 @@ from semipd.core.errors import ConfigError, EngineDead, Refused
 from semipd.core.ports import ExecutorLost
 from semipd.core.types import FinishReason, Sampling
 from semipd.serve import session as session_module
+from semipd.serve.launch import EngineProcess
 from semipd.serve.messages import LaneState, Stats, Submit
 from semipd.serve.process_link import ProcessLink
 from semipd.serve.session import Piece, RequestFailed, Session
@@ -56,7 +57,7 @@ async def in_thread(executor: LiveFake) -> AsyncIterator[Session]:
 @asynccontextmanager
 async def in_process(pace: int = 0, config: Config = Config()) -> AsyncIterator[Session]:
     os.environ["FAKE_PACE"] = str(pace)
-    session = Session(ProcessLink(config, "tests.serve.fake_process"))
+    session = Session(ProcessLink(config, EngineProcess(module="tests.serve.fake_process")))
     await session.open()
     try:
         yield session
