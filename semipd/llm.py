@@ -20,6 +20,7 @@ from semipd.build import Resolved, build_engine, resolve, targets_of
 from semipd.config import Config, ServerConfig, from_mapping
 from semipd.core.engine import Engine
 from semipd.core.errors import ConfigError, EngineDead, Refused
+from semipd.core.types import Score
 from semipd.core.ports import Observer
 from semipd.serve.generation import Plan, RequestMaker, generate
 from semipd.serve.messages import Stats
@@ -40,21 +41,27 @@ Result = TypeVar("Result")
 
 @dataclass
 class CompletionOutput:
-    """One continuation. finish_reason: "stop" or "length"."""
+    """One continuation. finish_reason: "stop" or "length".
+
+    logprobs: of each token, where `SamplingParams.logprobs` asks for them."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[Score] | None = None
 
 
 @dataclass
 class RequestOutput:
-    """One prompt and its continuations, `n` of them. prompt: None when it came as token ids."""
+    """One prompt and its continuations, `n` of them. prompt: None when it came as token ids.
+
+    prompt_logprobs: of each token of the prompt, None for the first, where asked for."""
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[Score | None] | None = None
 
 
 class LLM:
@@ -141,6 +148,7 @@ class LLM:
 
     async def _run(self, plan: Plan, results: list[RequestOutput]) -> list[RequestOutput]:
         outputs = [output for result in results for output in result.outputs]
+        owners = [result for result in results for _ in result.outputs]
         session = Session(ThreadLink(self._running()))
         await session.open()
         groups = generate(session, plan, self.tokenizer)
@@ -152,6 +160,10 @@ class LLM:
                         output.text += delta.text
                         output.token_ids += delta.tokens
                         output.finish_reason = delta.finish
+                        if output.logprobs is not None:
+                            output.logprobs += delta.scores
+                        if delta.prompt_scores and output.index == 0:
+                            owners[delta.index].prompt_logprobs = [None, *delta.prompt_scores]
                     ended(sum(delta.finish is not None for delta in deltas))
         finally:
             await groups.aclose()
@@ -236,8 +248,8 @@ def _empty_results(prompts: Sequence[Prompt], ids: Sequence[list[int]], plan: Pl
     results = []
     first = 0
     for prompt, tokens in zip(prompts, ids, strict=True):
-        choices = plan.params[first].n
-        outputs = [CompletionOutput(index) for index in range(choices)]
+        choices, asked = plan.params[first].n, plan.params[first].logprobs is not None
+        outputs = [CompletionOutput(index, logprobs=[] if asked else None) for index in range(choices)]
         results.append(RequestOutput(prompt if isinstance(prompt, str) else None, tokens, outputs))
         first += choices
     return results

@@ -31,6 +31,8 @@ from semipd.core.types import (
     Launched,
     Preempted,
     Request,
+    Score,
+    Scored,
     Slice,
     Split,
     Stage,
@@ -228,6 +230,8 @@ class Engine:
                     self._arrive(request)
                 elif request.computed // self.block_size > request.published:
                     self._publish(request)
+        if result.scores:
+            self._tell_scores(result, flight, now)
         if got:
             self._emit(Tokens(now, tuple(got), tuple(ids)))
         for request, reason in ended:
@@ -244,6 +248,19 @@ class Engine:
         if token in request.stop_tokens and len(output) > request.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(output) >= request.max_tokens else None
+
+    def _tell_scores(self, result: StepResult, flight: Flight, now: float) -> None:
+        """Those of live requests, each position once: a preempted prompt is computed again."""
+        requests: list[Request] = []
+        scores: list[Score] = []
+        for score in result.scores:
+            request = flight.requests[score.row]
+            if not request.finished and score.position >= request.scored:
+                request.scored = score.position + 1
+                requests.append(request)
+                scores.append(score)
+        if scores:
+            self._emit(Scored(now, tuple(requests), tuple(scores)))
 
     def _publish(self, request: Request) -> None:
         """Offer newly computed full blocks, extending the key chain over produced tokens."""

@@ -37,9 +37,9 @@ class Executor(Protocol):
 
     Contract (tests/execute/conformance.py runs it on every implementation):
     a lane runs its batches in the order of `submit`; every submitted batch comes back from `wait` exactly
-    once, as tokens or as an error; tokens depend on the slot's tokens, seed and position, not on what
-    shared the batch, on the split, or on a worker's death. Once it is lost or closed, every call but `wake`
-    and `close` raises ExecutorLost.
+    once, as tokens or as an error; tokens and scores depend on the slot's tokens, rule and position, not on
+    what shared the batch, on the split, or on a worker's death. Once it is lost or closed, every call but
+    `wake` and `close` raises ExecutorLost.
     """
 
     @property

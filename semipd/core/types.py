@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from semipd.core.sampling import Sampling as Sampling
+from semipd.core.sampling import Score as Score
+
 if TYPE_CHECKING:
     from semipd.core.ports import KVManager
 
@@ -51,24 +54,6 @@ class FinishReason(enum.Enum):
     __hash__ = object.__hash__
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the tokens of one slot are chosen on the device. A pure function of (seed, position, logits).
-
-    temperature: 0 means greedy. top_k: 0 means no limit. seed: any int64; always concrete here.
-    Tokens in `ban_tokens` cannot be produced at positions below `ban_until` (this is how min_tokens
-    keeps a sequence alive without asking the host).
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-    ban_until: int = 0
-    ban_tokens: tuple[int, ...] = ()
-
-
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence from arrival to its last token. Owned and written by the planner alone.
@@ -83,7 +68,7 @@ class Request:
     id: str
     prompt: Sequence[int]
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: frozenset[int] = frozenset()
     min_tokens: int = 0
     arrival: float = 0.0
@@ -101,6 +86,7 @@ class Request:
     planned: int = 0  # positions whose computation was submitted
     computed: int = 0  # positions whose computation was applied
     published: int = 0  # blocks offered to the prefix index
+    scored: int = 0  # positions below this one have had their `Score`, where asked for
     in_flight: int = 0  # steps submitted and not applied; above 0 the request is pinned
     lane: Lane | None = None  # where its steps in flight run
     output: list[int] = field(default_factory=list)
@@ -171,6 +157,7 @@ class StepResult:
     """What became of one batch.
 
     tokens: one id for every slice with `sample`, in the batch's order; empty when `error` is set.
+    scores: of the tokens, and of prompt tokens, whose slots ask for them; positions of one slice rise.
     started, finished: seconds on the executor's clock (the same one that `Clock` reads).
     attempts: how often the batch was started; above 1 when a worker died under it.
     """
@@ -182,6 +169,7 @@ class StepResult:
     finished: float
     error: str | None = None
     attempts: int = 1
+    scores: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +305,16 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """`scores[i]` belongs to `requests[i]`; positions of one request rise, and none comes twice. Those of
+    produced tokens come right before their `Tokens`."""
+
+    now: float
+    requests: tuple[Request, ...]
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """A request left the engine; `request.finish_reason` and `request.error` say how."""
 
@@ -360,4 +358,4 @@ class Preempted:
     request: Request
 
 
-Event = Tokens | Finished | Launched | Stepped | Switched | Preempted
+Event = Tokens | Scored | Finished | Launched | Stepped | Switched | Preempted

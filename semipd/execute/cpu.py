@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from semipd.core.errors import ConfigError
 from semipd.core.ports import ExecutorLost
-from semipd.core.types import Batch, Device, Lane, Sampling, Split, StepResult
+from semipd.core.types import Batch, Device, Lane, Sampling, Score, Split, StepResult
 from semipd.execute import watch
 from semipd.execute.cores import available_cores
 from semipd.execute.launch import ResidentProcess
@@ -38,10 +38,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Flight:
-    """A submitted batch. deaths: workers that died while running it."""
+    """A submitted batch. deaths: workers that died while running it. scores: told by the present one."""
 
     batch: Batch
     deaths: int = 0
+    scores: tuple[Score, ...] = ()
 
 
 @dataclass(slots=True)
@@ -270,9 +271,13 @@ class CpuExecutor:
         """Take all that the lane has done; repair it when its worker is gone."""
         try:
             while (done := worker.channel.poll()) is not None:
-                flight = worker.flights.popleft()
+                flight = worker.flights[0]
                 assert flight.batch.step == done.step, "a worker answered out of order"
                 worker.early_deaths = 0
+                flight.scores += done.scores
+                if done.more:
+                    continue
+                worker.flights.popleft()
                 results.append(
                     StepResult(
                         worker.lane,
@@ -282,6 +287,7 @@ class CpuExecutor:
                         done.finished,
                         done.error,
                         flight.deaths + 1,
+                        flight.scores,
                     )
                 )
         except EOFError:
@@ -316,6 +322,7 @@ class CpuExecutor:
         worker.watch.rest()
         self._adopt(worker)
         for flight in flights:
+            flight.scores = ()
             self._send(worker, flight.batch)
 
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from semipd.core.types import Slice
+from semipd.core.types import Score, Slice
 from semipd.execute.storage import SlotTable
 from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs
-from semipd.model.sampler import SamplingRows, sample
+from semipd.model.logprobs import chances
+from semipd.model.sampler import Adjustment, SamplingRows, sample
 from semipd.model.step import Boundary, DecodeStep
+
+_SCORED = 64  # prompt positions whose logits exist at the same time
+
+
+class Produced(NamedTuple):
+    """One token per slice with `sample`, in order. scores: as in `StepResult`."""
+
+    tokens: list[int]
+    scores: tuple[Score, ...] = ()
 
 
 class Runner:
@@ -28,34 +40,49 @@ class Runner:
         self._pool = Pool.of(kv)
         self._step = model.decode_step(kv, table.tokens, table.blocks) if fused else None
 
-    def run(self, slices: Sequence[Slice], boundary: Boundary) -> list[int]:
-        """Compute the slices; return one token per slice with `sample`, in order, after writing each to
-        `table.tokens[slot, start + count]`. `boundary` is called between large operations.
+    def run(self, slices: Sequence[Slice], boundary: Boundary) -> Produced:
+        """Compute the slices and choose their tokens, each written to `table.tokens[slot, start + count]`.
+        `boundary` is called between large operations.
 
         Raises ValueError for a slot that is not open, a range that does not fit it or an unknown token;
         FloatingPointError when logits are not finite. A step that raised may be run again."""
         if not slices:
-            return []
+            return Produced([])
         slots, starts, counts, wanted = self._columns(slices)
         if self._step is not None and wanted.all() and counts.sum() == len(slots):
             return self._decode(self._step, slots, starts, boundary)
-        inputs = self._inputs(slots, starts, counts, wanted)
-        logits = self._model.forward(inputs, self._kv, boundary)
-        if not wanted.any():
-            return []
-        sampled = slots[wanted]
-        produced = (starts + counts)[wanted]
         try:
-            tokens = sample(logits, self._rules(sampled, produced))
+            return self._forward(slots, starts, counts, wanted, boundary)
         except FloatingPointError:
             self._clear(slots, starts + counts)
             raise
+
+    def _forward(
+        self,
+        slots: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        wanted: np.ndarray,
+        boundary: Boundary,
+    ) -> Produced:
+        """As `run`, for any slices."""
+        inputs = self._inputs(slots, starts, counts, wanted)
+        scores: tuple[Score, ...] = ()
+        if (self._table.prompt_logprobs[slots] >= 0).any():
+            logits, scores = self._score_prompts(inputs, slots, starts, counts, boundary)
+        else:
+            logits = self._model.forward(inputs, self._kv, boundary)
+        rows = np.flatnonzero(wanted)
+        if not rows.size:
+            return Produced([], scores)
+        sampled, produced = slots[rows], (starts + counts)[rows]
+        tokens, more = self._choose(logits, sampled, produced, rows)
         self._table.tokens[sampled, produced] = tokens
-        return tokens
+        return Produced(tokens, scores + more)
 
     def _decode(
         self, step: DecodeStep, slots: np.ndarray, positions: np.ndarray, boundary: Boundary
-    ) -> list[int]:
+    ) -> Produced:
         """As `run`, for one position a slot, of each of which a token is wanted."""
         table, produced = self._table, positions + 1
         tokens, values = step.run(slots, positions, boundary)
@@ -63,12 +90,63 @@ class Runner:
             self._clear(slots, produced)
             bad = int(np.flatnonzero(~np.isfinite(values))[0])
             raise FloatingPointError(f"the logits of row {bad} have no finite maximum: {values[bad]}")
-        others = np.flatnonzero((table.temperature[slots] > 0) | (produced < table.ban_until[slots]))
+        scores: tuple[Score, ...] = ()
+        others = np.flatnonzero(table.special[slots] | (produced < table.ban_until[slots]))
         if others.size:
-            tokens[others] = sample(step.logits(others), self._rules(slots[others], produced[others]))
+            tokens[others], scores = self._choose(
+                step.logits(others), slots[others], produced[others], others
+            )
         table.tokens[slots, produced] = tokens
         chosen: list[int] = tokens.tolist()
-        return chosen
+        return Produced(chosen, scores)
+
+    def _choose(
+        self, logits: torch.Tensor, slots: np.ndarray, produced: np.ndarray, rows: np.ndarray
+    ) -> Produced:
+        """A token for each row of logits, and the scores that are asked for. produced: the tokens'
+        positions; rows: of their slices in the batch. Overwrites logits."""
+        counts = self._table.logprobs[slots]
+        asked = np.flatnonzero(counts >= 0)
+        raw = logits[torch.from_numpy(asked)] if asked.size else logits[:0]  # a copy
+        tokens = sample(logits, self._rules(slots, produced))
+        found = chances(raw, [tokens[place] for place in asked], counts[asked].tolist())
+        places = zip(rows[asked].tolist(), produced[asked].tolist(), found, strict=True)
+        return Produced(tokens, tuple(Score(row, position, *chance) for row, position, chance in places))
+
+    def _score_prompts(
+        self,
+        inputs: StepInputs,
+        slots: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        boundary: Boundary,
+    ) -> tuple[torch.Tensor, tuple[Score, ...]]:
+        """Compute a step; the logits of its rows to sample, and scores of the prompt tokens that follow its
+        other positions, where they are asked for."""
+        table, firsts = self._table, np.cumsum(counts) - counts
+        ends = np.minimum(starts + counts, table.prompt_length[slots] - 1)
+        asked = [
+            (index, int(firsts[index]) + position - int(starts[index]), position + 1)
+            for index in np.flatnonzero(table.prompt_logprobs[slots] >= 0).tolist()
+            for position in range(int(starts[index]), int(ends[index]))
+        ]  # slice, row and position of each token
+        at = torch.tensor([row for _, row, _ in asked], dtype=torch.int64)
+        whole = replace(inputs, sample=torch.cat((inputs.sample, at)))
+        hidden, sampled = self._model.hidden(whole, self._kv, boundary), inputs.sample.shape[0]
+        scores: list[Score] = []
+        for first in range(0, len(asked), _SCORED):
+            boundary()
+            part = asked[first : first + _SCORED]
+            logits = self._model.logits_of(hidden[sampled + first : sampled + first + len(part)])
+            tokens = [int(table.tokens[slots[index], position]) for index, _, position in part]
+            most = [int(table.prompt_logprobs[slots[index]]) for index, _, _ in part]
+            found = chances(logits, tokens, most)
+            scores += [
+                Score(index, position, *chance)
+                for (index, _, position), chance in zip(part, found, strict=True)
+            ]
+        boundary()
+        return self._model.logits_of(hidden[:sampled]), tuple(scores)
 
     def _columns(self, slices: Sequence[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Slots, starts, counts (int64) and sample flags, checked against the table."""
@@ -129,4 +207,22 @@ class Runner:
             ban_until=table.ban_until[slots],
             ban_count=table.ban_count[slots],
             ban_tokens=table.ban_tokens[slots],
+            adjustments={
+                row: self._adjustment(int(slots[row]), int(produced[row]))
+                for row in np.flatnonzero(table.adjusted[slots]).tolist()
+            },
+        )
+
+    def _adjustment(self, slot: int, position: int) -> Adjustment:
+        """Of the logits for the token at `position`."""
+        table = self._table
+        biases = table.bias_count[slot]
+        return Adjustment(
+            seen=table.tokens[slot, :position],
+            prompt_length=int(table.prompt_length[slot]),
+            presence=table.presence_penalty[slot],
+            frequency=table.frequency_penalty[slot],
+            repetition=table.repetition_penalty[slot],
+            bias_tokens=table.bias_tokens[slot, :biases],
+            bias=table.bias_values[slot, :biases],
         )

@@ -14,6 +14,7 @@ import numpy as np
 from semipd.core.types import BlockAppend, Sampling
 
 MAX_BANNED = 80  # ids that a slot can ban while min_tokens holds: stop ids plus end-of-sequence ids
+MAX_BIASES = 300  # entries of `logit_bias`
 
 
 class SlotTable:
@@ -45,6 +46,17 @@ class SlotTable:
     ban_until: np.ndarray
     ban_count: np.ndarray
     ban_tokens: np.ndarray
+    presence_penalty: np.ndarray
+    frequency_penalty: np.ndarray
+    repetition_penalty: np.ndarray
+    prompt_length: np.ndarray
+    bias_count: np.ndarray
+    bias_tokens: np.ndarray
+    bias_values: np.ndarray
+    logprobs: np.ndarray  # -1: none wanted
+    prompt_logprobs: np.ndarray  # -1: none wanted
+    adjusted: np.ndarray  # whether penalties or biases change logits
+    special: np.ndarray  # whether it takes more than the best entry of the logits, bans aside
     opened: np.ndarray
 
     @staticmethod
@@ -62,6 +74,8 @@ class SlotTable:
             raise ValueError(f"{len(tokens)} tokens do not fit a slot of {self.max_length}")
         if len(sampling.ban_tokens) > MAX_BANNED:
             raise ValueError(f"at most {MAX_BANNED} tokens can be banned, not {len(sampling.ban_tokens)}")
+        if len(sampling.logit_bias) > MAX_BIASES:
+            raise ValueError(f"at most {MAX_BIASES} biases, not {len(sampling.logit_bias)}")
         self.tokens[slot, : len(tokens)] = tokens
         self.temperature[slot] = sampling.temperature
         self.top_p[slot] = sampling.top_p
@@ -71,7 +85,23 @@ class SlotTable:
         self.ban_until[slot] = sampling.ban_until
         self.ban_count[slot] = len(sampling.ban_tokens)
         self.ban_tokens[slot, : len(sampling.ban_tokens)] = sampling.ban_tokens
+        self._adjust(slot, sampling)
+        self.logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
+        self.prompt_logprobs[slot] = -1 if sampling.prompt_logprobs is None else sampling.prompt_logprobs
+        asked = sampling.logprobs is not None
+        self.special[slot] = sampling.temperature > 0 or asked or self.adjusted[slot]
         self.opened[slot] = True
+
+    def _adjust(self, slot: int, sampling: Sampling) -> None:
+        """Write what changes logits."""
+        self.presence_penalty[slot] = sampling.presence_penalty
+        self.frequency_penalty[slot] = sampling.frequency_penalty
+        self.repetition_penalty[slot] = sampling.repetition_penalty
+        self.prompt_length[slot] = sampling.prompt_length
+        count = self.bias_count[slot] = len(sampling.logit_bias)
+        self.bias_tokens[slot, :count] = [token for token, _ in sampling.logit_bias]
+        self.bias_values[slot, :count] = [value for _, value in sampling.logit_bias]
+        self.adjusted[slot] = sampling.penalises or count > 0
 
     def close(self, slot: int) -> None:
         self.opened[slot] = False
@@ -95,6 +125,17 @@ def _fields(slots: int, max_length: int, block_size: int) -> tuple[tuple[str, ty
         ("ban_until", np.int32, (slots,)),
         ("ban_count", np.int32, (slots,)),
         ("ban_tokens", np.int32, (slots, MAX_BANNED)),
+        ("presence_penalty", np.float32, (slots,)),
+        ("frequency_penalty", np.float32, (slots,)),
+        ("repetition_penalty", np.float32, (slots,)),
+        ("prompt_length", np.int32, (slots,)),
+        ("bias_count", np.int32, (slots,)),
+        ("bias_tokens", np.int32, (slots, MAX_BIASES)),
+        ("bias_values", np.float32, (slots, MAX_BIASES)),
+        ("logprobs", np.int32, (slots,)),
+        ("prompt_logprobs", np.int32, (slots,)),
+        ("adjusted", np.bool_, (slots,)),
+        ("special", np.bool_, (slots,)),
         ("opened", np.bool_, (slots,)),
     )
 

@@ -13,9 +13,10 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from semipd.core.types import Slice
+from semipd.core.types import Score, Slice
 
 PACKET = 1 << 18  # bytes; a batch or result of 4,096 slices takes less than a quarter of it
+_SCORE, _CHANCE = 26, 14  # most bytes of a `Score`, and of one of the best in it
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -72,13 +73,28 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a job: the fields of `StepResult`."""
+    """What became of a job: the fields of `StepResult`. more: only some of its scores; others follow."""
 
     step: int
     tokens: tuple[int, ...]
     started: float
     finished: float
     error: str | None = None
+    scores: tuple[Score, ...] = ()
+    more: bool = False
+
+
+def cut_scores(scores: Sequence[Score]) -> list[tuple[Score, ...]]:
+    """The scores in parts that each fit into a packet; at least one part."""
+    parts: list[tuple[Score, ...]] = []
+    first = size = 0
+    for index, score in enumerate(scores):
+        taken = _SCORE + _CHANCE * len(score.ids)
+        if size + taken > PACKET // 2:
+            parts.append(tuple(scores[first:index]))
+            first, size = index, 0
+        size += taken
+    return [*parts, tuple(scores[first:])]
 
 
 Order = Start | Fork | Close

@@ -12,7 +12,7 @@ from semipd.execute.cores import Share
 from semipd.execute.linux import keep_freed_memory
 from semipd.execute.runner import Runner
 from semipd.execute.shared import SharedMemory
-from semipd.execute.wire import Channel, Done, Job
+from semipd.execute.wire import Channel, Done, Job, cut_scores
 from semipd.model.dense import DenseModel
 
 log = logging.getLogger(__name__)
@@ -42,16 +42,23 @@ def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
                 job = jobs.receive()
             share.take()
             shared.words.run(lane, job.step)
-            jobs.send(_run(job, runner, share))
+            for answer in _run(job, runner, share):
+                jobs.send(answer)
 
 
-def _run(job: Job, runner: Runner, share: Share) -> Done:
+def _run(job: Job, runner: Runner, share: Share) -> list[Done]:
+    """What to answer; several messages where scores are many."""
     started = time.monotonic()
     try:
-        tokens = tuple(runner.run(job.slices, share.boundary))
+        tokens, scores = runner.run(job.slices, share.boundary)
     except (ValueError, FloatingPointError) as error:  # what the runner says of the batch itself
-        return Done(job.step, (), started, time.monotonic(), str(error))
+        return [Done(job.step, (), started, time.monotonic(), str(error))]
     except Exception as error:
         log.exception("step %d failed", job.step)
-        return Done(job.step, (), started, time.monotonic(), f"{type(error).__name__}: {error}")
-    return Done(job.step, tokens, started, time.monotonic())
+        return [Done(job.step, (), started, time.monotonic(), f"{type(error).__name__}: {error}")]
+    finished = time.monotonic()
+    if not scores:
+        return [Done(job.step, tuple(tokens), started, finished)]
+    *parts, last = cut_scores(scores)
+    some = [Done(job.step, (), started, finished, None, part, more=True) for part in parts]
+    return [*some, Done(job.step, tuple(tokens), started, finished, None, last)]

@@ -88,6 +88,20 @@ class DenseModel:
     def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Boundary) -> torch.Tensor:
         """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the
         rows to sample, float32 [n, vocabulary]. `boundary` is called before every large operation."""
+        normed = self.hidden(inputs, kv, boundary)
+        boundary()
+        return self.logits_of(normed)
+
+    def logits_of(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits of rows of `hidden`, float32 [n, vocabulary]."""
+        with torch.inference_mode():
+            if not (rows := normed.shape[0]):
+                return torch.empty((0, self.spec.vocabulary), dtype=torch.float32)
+            return self._head(pad_rows(normed, padded_rows(rows, self.dtype)))[:rows].float()
+
+    def hidden(self, inputs: StepInputs, kv: torch.Tensor, boundary: Boundary) -> torch.Tensor:
+        """As `forward`, but returns what the head reads of the rows to sample, in the model's type [n,
+        hidden]."""
         with torch.inference_mode():
             rows, ops, eps = inputs.tokens.shape[0], self._ops, self.spec.norm_eps
             hidden = functional.embedding(inputs.tokens, self._embedding)
@@ -103,7 +117,7 @@ class DenseModel:
                 mixed = self._attention(layer, normed, kv[index], turns, plans[layer.window], boundary)
                 if last:  # from here on only the sampled rows matter
                     if not inputs.sample.shape[0]:
-                        return torch.empty((0, self.spec.vocabulary), dtype=torch.float32)
+                        return hidden[:0]
                     hidden = self._sampled(hidden, inputs.sample)
                     mixed = self._sampled(mixed, inputs.sample)
                 boundary()
@@ -113,8 +127,7 @@ class DenseModel:
                 boundary()
                 following = self._norm if last else self._layers[index + 1].attention_norm
                 normed = ops.add_norm(hidden, layer.down(activated), following, eps)
-            boundary()
-            return self._head(normed)[: inputs.sample.shape[0]].float()
+            return normed[: inputs.sample.shape[0]]
 
     def _attention(
         self,

@@ -1,13 +1,15 @@
-"""From logits to tokens: a pure function of (logits row, rule, seed, position), one row at a time.
+"""From logits to tokens: a pure function of (logits row, rule, tokens so far, seed, position), one row at a
+time.
 
 Nothing here depends on the batch, on earlier draws or on the number of threads, so a step can be run again,
-or in other company, and gives the same tokens. Filters come in the order that the field uses: temperature,
-top-k, top-p, min-p.
+or in other company, and gives the same tokens. The order is the field's: repetition penalty, frequency and
+presence penalties, biases, bans; then temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,11 +20,27 @@ _BLOCK = 256  # entries whose weights are summed together, so that a draw scans 
 
 
 @dataclass(frozen=True)
+class Adjustment:
+    """What changes the logits of one row; see `core.types.Sampling`.
+
+    seen: int [any], the tokens so far; those from `prompt_length` on were produced. bias_tokens: int [any],
+    distinct; bias: float32, what is added to each."""
+
+    seen: np.ndarray
+    prompt_length: int
+    presence: np.float32
+    frequency: np.float32
+    repetition: np.float32
+    bias_tokens: np.ndarray
+    bias: np.ndarray
+
+
+@dataclass(frozen=True)
 class SamplingRows:
     """The rule of each row, arrays of length n. position: of the token being produced.
 
     ban_tokens: int [n, any], of which the first `ban_count` of a row cannot be produced while
-    `position < ban_until`."""
+    `position < ban_until`. adjustments: by row, for the rows that have one."""
 
     temperature: np.ndarray
     top_p: np.ndarray
@@ -33,13 +51,16 @@ class SamplingRows:
     ban_until: np.ndarray
     ban_count: np.ndarray
     ban_tokens: np.ndarray
+    adjustments: Mapping[int, Adjustment] = field(default_factory=dict)
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
-    """One token per row of logits, float32 [n, vocabulary], which is overwritten where tokens are banned.
+    """One token per row of logits, float32 [n, vocabulary], which is overwritten where a rule changes it.
 
     Raises FloatingPointError when a row holds NaN, or nothing finite to choose from."""
     values = logits.numpy()
+    for row, adjustment in rows.adjustments.items():
+        adjust(values[row], adjustment)
     banning = (rows.position < rows.ban_until) & (rows.ban_count > 0)
     for row in np.flatnonzero(banning).tolist():
         values[row, rows.ban_tokens[row, : rows.ban_count[row]]] = -np.inf
@@ -61,6 +82,19 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
         )
         chosen[row] = draw(weights, uniform(int(rows.seed[row]), int(rows.position[row])))
     return chosen
+
+
+def adjust(logits: np.ndarray, rule: Adjustment) -> None:
+    """Apply penalties and biases to one row, float32 [vocabulary], in place. Touches the sequence's own
+    tokens and the biased ones alone."""
+    if rule.repetition != 1.0:
+        tokens = np.unique(rule.seen)
+        values = logits[tokens]
+        logits[tokens] = np.where(values > 0.0, values / rule.repetition, values * rule.repetition)
+    if rule.presence or rule.frequency:
+        tokens, counts = np.unique(rule.seen[rule.prompt_length :], return_counts=True)
+        logits[tokens] -= rule.frequency * counts.astype(np.float32) + rule.presence
+    logits[rule.bias_tokens] += rule.bias
 
 
 def filtered_weights(

@@ -19,7 +19,8 @@ from semipd.serve.errors import ApiError, body_of
 from semipd.serve.gate import Limits, Ticket
 from semipd.serve.generation import Plan, generate
 from semipd.serve.replies import DONE, ChatReply, Choice, CompletionReply, Usage
-from semipd.serve.schema import ChatBody, CompletionBody, StreamOptions, parse
+from semipd.serve.schema import ChatBody, CompletionBody, StreamOptions, logprobs_of, parse
+from semipd.serve.scores import ScoreForms
 from semipd.serve.service import Service
 from semipd.serve.text import Delta
 from semipd.units import parse_seconds
@@ -90,7 +91,11 @@ class Answer(Response):
         if options.include_usage:
             usage = "all" if options.continuous_usage_stats else "last"
         kind = ChatReply if isinstance(body, ChatBody) else CompletionReply
-        return kind(self._service.name, usage)
+        forms = [
+            None if best is None else ScoreForms(self._service.tokenizer, best)
+            for best in (logprobs_of(body), body.prompt_logprobs)
+        ]
+        return kind(self._service.name, usage, *forms)
 
     async def _stream(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:
         tally = _Tally(plan, ticket)
@@ -110,14 +115,12 @@ class Answer(Response):
 
     async def _whole(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:
         tally = _Tally(plan, ticket)
-        choices = [Choice() for _ in plan.submits]
+        choices = [Choice(prompt=submit.prompt_ids) for submit in plan.submits]
         async with self._generate(plan) as groups:
             async for deltas in groups:
                 for delta in deltas:
                     tally.count(delta)
-                    choice = choices[delta.index]
-                    choice.texts.append(delta.text)
-                    choice.finish = delta.finish
+                    choices[delta.index].add(delta)
         response = Response(reply.complete(choices, tally.usage), media_type="application/json")
         await response(self._request.scope, self._request.receive, send)
 

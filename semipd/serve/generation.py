@@ -14,11 +14,12 @@ from semipd.config import NEUTRAL_CLASSES, ServiceClass
 from semipd.core import keys
 from semipd.core.errors import Refused
 from semipd.core.types import Sampling
+from semipd.serve.alignment import Alignment
 from semipd.serve.messages import EngineInfo, Submit
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import SamplingParams
 from semipd.serve.session import Session
-from semipd.serve.text import Delta, TextStream
+from semipd.serve.text import Delta, Echo, TextStream
 from semipd.serve.tokenizer import Tokenizer
 
 _WORD = 2**64
@@ -26,11 +27,15 @@ _WORD = 2**64
 
 @dataclass(frozen=True)
 class Plan:
-    """Requests ready to be submitted. Prompt p's choice c is request p * params.n + c."""
+    """Requests ready to be submitted. Prompt p's choice c is request p * params.n + c.
+
+    echoes: of each request, where prompts are to be repeated. told: whether the tokens of the texts are."""
 
     submits: list[Submit]
     params: list[SamplingParams]  # of each request, complete
     prompt_tokens: int  # of all prompts, each counted once
+    echoes: Sequence[Echo] = ()
+    told: bool = False
 
 
 class RequestMaker:
@@ -85,8 +90,17 @@ class RequestMaker:
             min_p=float(params.min_p or 0.0),
             ban_until=len(ids) + min(params.min_tokens, most) if params.min_tokens else 0,
             ban_tokens=stop_tokens if params.min_tokens else (),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            repetition_penalty=float(params.repetition_penalty or 1.0),
+            logit_bias=self._biases(params),
+            prompt_length=len(ids),
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
         )
-        root = keys.root(salt) if self._prefix_cache else None
+        # To score a prompt takes the logits of all its positions, so it has no keys to match.
+        cached = self._prefix_cache and params.prompt_logprobs is None
+        root = keys.root(salt) if cached else None
         chain = keys.block_keys(ids, engine.block_size, root) if root is not None else []
         first = Submit(
             id="",
@@ -141,6 +155,12 @@ class RequestMaker:
             raise Refused(f"the priority {priority} is that of {by_priority}, not of {named}", "priority")
         return named or by_priority or "default"
 
+    def _biases(self, params: SamplingParams) -> tuple[tuple[int, float], ...]:
+        for token, _ in params.biases:
+            if token >= self._model.vocabulary:
+                raise Refused(f"logit_bias names token {token}, not in the vocabulary", "logit_bias")
+        return params.biases
+
     def _stop_tokens(self, params: SamplingParams) -> tuple[int, ...]:
         for token in params.stop_token_ids:
             if token >= self._model.vocabulary:
@@ -155,8 +175,14 @@ async def generate(
     """Run a plan's requests; yields the deltas that came together. Close it (`contextlib.aclosing`) to
     abort what still runs. Raises EngineDead, Refused or RequestFailed."""
     texts = [
-        TextStream(tokenizer.detokenizer() if tokenizer else None, params.stops, params.min_tokens)
-        for params in plan.params
+        TextStream(
+            tokenizer,
+            params.stops,
+            params.min_tokens,
+            plan.echoes[index] if plan.echoes else None,
+            Alignment() if plan.told and params.logprobs is not None else None,
+        )
+        for index, params in enumerate(plan.params)
     ]
     with session.submit(plan.submits) as stream:
         async for pieces in stream:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from semipd.core.metrics import MetricsSnapshot
-from semipd.core.types import FinishReason, Request, Sampling
+from semipd.core.types import FinishReason, Request, Sampling, Score
 
 MAX_MESSAGE = 2**28
 _LENGTH = struct.Struct("<I")
@@ -37,13 +37,17 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     def prompt_tokens(self) -> int:
         return len(self.prompt) // 4
 
+    @property
+    def prompt_ids(self) -> array[int]:
+        ids = array("i")
+        ids.frombytes(self.prompt)
+        return ids
+
     def request(self, now: float) -> Request:
         """The planner's own copy of the request, `now` being its clock."""
-        prompt = array("i")
-        prompt.frombytes(self.prompt)
         return Request(
             id=self.id,
-            prompt=prompt,
+            prompt=self.prompt_ids,
             max_tokens=self.max_tokens,
             sampling=self.sampling,
             stop_tokens=frozenset(self.stop_tokens),
@@ -94,11 +98,15 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
-    """What one turn of the planner's loop gave: `ids[i]` got `tokens[i]`, in order; then some ended."""
+    """What one turn of the planner's loop gave: `ids[i]` got `tokens[i]`, in order; then some ended.
+
+    scored, scores: `scored[i]` has `scores[i]`, of a token of its prompt or of one among `tokens`."""
 
     ids: list[str]
     tokens: list[int]
     ended: list[Ended]
+    scored: list[str] = []
+    scores: list[Score] = []
 
 
 class LaneState(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,7 @@ from semipd.serve.params import Defaults, SamplingParams
 MAX_EOS = 16
 MAX_SUGGESTIONS = 8
 MAX_SUGGESTION = 200
-UNSUPPORTED_DEFAULTS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}
+UNSUPPORTED_DEFAULTS = {"no_repeat_ngram_size": 0, "typical_p": 1.0}
 
 log = logging.getLogger("semipd")
 
@@ -85,7 +85,7 @@ def _defaults(folder: Path, generation: dict[str, Any]) -> Defaults:
             log.warning("generation_config.json sets %s, which is not supported; ignored", name)
     given = {
         name: generation[name]
-        for name in ("temperature", "top_p", "top_k", "min_p")
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         if generation.get(name) is not None
     }
     try:
@@ -94,5 +94,5 @@ def _defaults(folder: Path, generation: dict[str, Any]) -> Defaults:
         raise ConfigError(f"{folder / 'generation_config.json'}: {refused}") from None
     filled = Defaults().fill(params)
     assert filled.temperature is not None and filled.top_p is not None
-    assert filled.top_k is not None and filled.min_p is not None
-    return Defaults(filled.temperature, filled.top_p, filled.top_k, filled.min_p)
+    assert filled.top_k is not None and filled.min_p is not None and filled.repetition_penalty is not None
+    return Defaults(filled.temperature, filled.top_p, filled.top_k, filled.min_p, filled.repetition_penalty)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from semipd.core.errors import Refused
@@ -13,6 +14,9 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 4096
 MAX_STOP_TOKENS = 64
 MAX_TOKEN_ID = 2**31 - 1
+MAX_LOGPROBS = 20
+MAX_BIASES = 300
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,13 @@ class SamplingParams:
     stop: strings that end the text and are left out of it. stop_token_ids: token ids that do the same.
     ignore_eos: go on after end-of-sequence. min_tokens: none of these may end it earlier.
     max_tokens: None is as many as fit. n: continuations per prompt.
+    presence_penalty, frequency_penalty: taken off the logits of tokens that were produced, once, and for
+    each time. repetition_penalty: divides the positive logits of tokens of the prompt and the output, and
+    multiplies the others; 1 changes nothing.
+    logit_bias: added to the logits of these token ids, at most 300.
+    logprobs: tell the log probability of each produced token and so many of the likeliest (0 to 20), by the
+    model's logits as they are before penalties, biases, temperature and filters. prompt_logprobs: the same
+    of the prompt's tokens but the first; such a prompt is computed whole, whatever the prefix cache has.
     service_tier: name of a service class of the engine; "auto" and "default" say nothing.
     priority: that of a service class, instead of its name; 0 says nothing where no class has it.
     Raises Refused, naming the field, when a value is out of bounds.
@@ -39,6 +50,12 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = 16
     n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     service_tier: str | None = None
     priority: int | None = None
 
@@ -53,6 +70,11 @@ class SamplingParams:
         _whole("max_tokens", self.max_tokens, 1, MAX_TOKEN_ID)
         _whole("min_tokens", _given("min_tokens", self.min_tokens), 0, MAX_TOKEN_ID)
         _whole("n", _given("n", self.n), 1, MAX_CHOICES)
+        _real("presence_penalty", _given("presence_penalty", self.presence_penalty), -2.0, 2.0)
+        _real("frequency_penalty", _given("frequency_penalty", self.frequency_penalty), -2.0, 2.0)
+        _real("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _whole("priority", self.priority, -(2**31), 2**31 - 1)
         if self.service_tier is not None and not isinstance(self.service_tier, str):
             raise Refused("service_tier must be a string", "service_tier")
@@ -63,6 +85,7 @@ class SamplingParams:
                 f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})", "min_tokens"
             )
         object.__setattr__(self, "stop", _stops(self.stop))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop_token_ids", _stop_tokens(self.stop_token_ids))
 
     @property
@@ -70,6 +93,12 @@ class SamplingParams:
         """The stop strings, always as a tuple."""
         assert isinstance(self.stop, tuple)
         return self.stop
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """The logit biases, always as pairs of a token id and what is added."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,7 @@ class Defaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def fill(self, params: SamplingParams) -> SamplingParams:
         """`params` with every field of the rule set."""
@@ -93,7 +123,7 @@ class Defaults:
 
 def _given(name: str, value: object) -> object:
     if value is None:
-        raise Refused(f"{name} must be a whole number", name)
+        raise Refused(f"{name} must be a number, not null", name)
     return value
 
 
@@ -138,3 +168,17 @@ def _stop_tokens(ids: object) -> tuple[int, ...]:
     for token in ids:
         _whole("stop_token_ids", _given("stop_token_ids", token), 0, MAX_TOKEN_ID)
     return tuple(dict.fromkeys(ids))
+
+
+def _biases(given: object) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, tuple) or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+        raise Refused("logit_bias must map token ids to numbers", "logit_bias")
+    if len(pairs) > MAX_BIASES:
+        raise Refused(f"at most {MAX_BIASES} logit biases, not {len(pairs)}", "logit_bias")
+    for token, bias in pairs:
+        _whole("logit_bias", _given("logit_bias", token), 0, MAX_TOKEN_ID)
+        _real("logit_bias", _given("logit_bias", bias), -MAX_BIAS, MAX_BIAS)
+    if len(dict(pairs)) < len(pairs):
+        raise Refused("logit_bias names a token twice", "logit_bias")
+    return tuple((token, float(bias)) for token, bias in pairs)

@@ -16,7 +16,7 @@ from semipd.core.errors import Refused, SemipdError
 from semipd.core.metrics import Metrics
 from semipd.core.partition import Targets
 from semipd.core.ports import ExecutorLost, Observer
-from semipd.core.types import Event, Finished, FinishReason, Lane, Launched, Stepped, Tokens
+from semipd.core.types import Event, Finished, FinishReason, Lane, Launched, Score, Scored, Stepped, Tokens
 from semipd.serve.messages import Abort, Ended, EngineInfo, LaneState, Lost, Stats, Step, Submit, Up
 
 Build = Callable[[Sequence[Observer]], Engine]
@@ -140,11 +140,16 @@ class _Outbox:
         self._ids: list[str] = []
         self._tokens: list[int] = []
         self._ended: list[Ended] = []
+        self._scored: list[str] = []
+        self._scores: list[Score] = []
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Tokens):
             self._ids += [request.id for request in event.requests]
             self._tokens += event.tokens
+        elif isinstance(event, Scored):
+            self._scored += [request.id for request in event.requests]
+            self._scores += event.scores
         elif isinstance(event, Finished):
             request = event.request
             reason = request.finish_reason or FinishReason.ERROR
@@ -157,10 +162,10 @@ class _Outbox:
         )
 
     def take(self) -> Step | None:
-        if not self._ids and not self._ended:
+        if not self._ids and not self._ended and not self._scores:
             return None
-        step = Step(self._ids, self._tokens, self._ended)
-        self._ids, self._tokens, self._ended = [], [], []
+        step = Step(self._ids, self._tokens, self._ended, self._scored, self._scores)
+        self._ids, self._tokens, self._ended, self._scored, self._scores = [], [], [], [], []
         return step
 
 

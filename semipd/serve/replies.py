@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from semipd.core.types import Score
+from semipd.serve.alignment import Told
+from semipd.serve.scores import ScoreForms
 from semipd.serve.text import Delta
 
 _encode = msgspec.json.Encoder().encode
@@ -37,10 +41,19 @@ class Usage:
 
 @dataclass(slots=True)
 class Choice:
-    """One continuation as it stands. texts: to be joined."""
+    """One continuation as it stands. texts: to be joined. prompt_scores: of `prompt`, where asked for."""
 
     texts: list[str] = field(default_factory=list)
     finish: str | None = None
+    told: list[Told] = field(default_factory=list)
+    prompt: Sequence[int] = ()
+    prompt_scores: list[Score] = field(default_factory=list)
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.finish = delta.finish
+        self.told += delta.told
+        self.prompt_scores += delta.prompt_scores
 
     @property
     def text(self) -> str:
@@ -48,12 +61,21 @@ class Choice:
 
 
 class CompletionReply:
-    """/v1/completions. usage: "none", "last" (in a chunk of its own), or "all" (in every chunk too)."""
+    """/v1/completions. usage: "none", "last" (in a chunk of its own), or "all" (in every chunk too).
+
+    logprobs, prompt_logprobs: how those are told; None: they are not."""
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, model: str, usage: str = "none") -> None:
+    def __init__(
+        self,
+        model: str,
+        usage: str = "none",
+        logprobs: ScoreForms | None = None,
+        prompt_logprobs: ScoreForms | None = None,
+    ) -> None:
         self._usage = usage
+        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         self._head = {
             "id": self.prefix + secrets.token_hex(12),
             "object": self.chunk,
@@ -90,11 +112,30 @@ class CompletionReply:
         return b'],"usage":%s}\n\n' % counts
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        return {"index": index, "text": choice.text, "logprobs": None, "finish_reason": choice.finish}
+        told = self._told(choice.told)
+        entry = {"index": index, "text": choice.text, "logprobs": told, "finish_reason": choice.finish}
+        return entry | self._prompt_told(choice)
 
     def _chunk_choice(self, delta: Delta, finish: bytes) -> bytes:
-        text = _encode(delta.text)
-        return b'{"index":%d,"text":%s,"logprobs":null,"finish_reason":%s}' % (delta.index, text, finish)
+        text, told = _encode(delta.text), self._chunk_told(delta)
+        return b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % (
+            delta.index,
+            text,
+            told,
+            finish,
+        )
+
+    def _told(self, told: Sequence[Told]) -> dict[str, Any] | None:
+        return None if self._logprobs is None else self._logprobs.completion(told)
+
+    def _chunk_told(self, delta: Delta) -> bytes:
+        return _encode(self._told(delta.told)) if delta.told else b"null"
+
+    def _prompt_told(self, choice: Choice) -> dict[str, Any]:
+        forms = self._prompt_logprobs
+        return (
+            {} if forms is None else {"prompt_logprobs": forms.prompt(choice.prompt, choice.prompt_scores)}
+        )
 
 
 class ChatReply(CompletionReply):
@@ -109,12 +150,18 @@ class ChatReply(CompletionReply):
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         message = {"role": "assistant", "content": choice.text}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
+        told = self._told(choice.told)
+        entry = {"index": index, "message": message, "logprobs": told, "finish_reason": choice.finish}
+        return entry | self._prompt_told(choice)
 
     def _chunk_choice(self, delta: Delta, finish: bytes) -> bytes:
-        text = _encode(delta.text)
-        return b'{"index":%d,"delta":{"content":%s},"logprobs":null,"finish_reason":%s}' % (
+        text, told = _encode(delta.text), self._chunk_told(delta)
+        return b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":%s}' % (
             delta.index,
             text,
+            told,
             finish,
         )
+
+    def _told(self, told: Sequence[Told]) -> dict[str, Any] | None:
+        return None if self._logprobs is None else self._logprobs.chat(told)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from semipd.core.errors import Refused
+from semipd.serve.params import MAX_BIASES, MAX_LOGPROBS
 
 MAX_VALUES = 2**20  # commas and brackets of a body: no list in it is longer
 MAX_NEUTRAL_BYTES = 1024
@@ -37,7 +38,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": _ABSENT,
@@ -47,20 +47,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": _ABSENT,
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "logprobs": (False,),
     "metadata": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": _ABSENT,
-    "presence_penalty": (0,),
     "prompt_cache_key": _ABSENT,
     "prompt_embeds": _ABSENT,
-    "prompt_logprobs": _ABSENT,
     "reasoning_effort": _ABSENT,
-    "repetition_penalty": (1,),
     "request_id": _ABSENT,
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
@@ -107,6 +102,11 @@ class GenerationBody(_Body, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
@@ -116,9 +116,13 @@ class GenerationBody(_Body, kw_only=True):
 
 
 class CompletionBody(GenerationBody, kw_only=True):
-    """POST /v1/completions. prompt: text, token ids, or a list of either."""
+    """POST /v1/completions. prompt: text, token ids, or a list of either. logprobs: how many of the
+    likeliest tokens to tell of at each position. echo: repeat the prompt before its continuation;
+    max_tokens may then be 0."""
 
     prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
 
 
 class TextPart(_Body, kw_only=True):
@@ -142,10 +146,13 @@ class ChatMessage(_Body, kw_only=True):
 
 
 class ChatBody(GenerationBody, kw_only=True):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. top_logprobs: how many of the likeliest tokens to tell of at each
+    position; needs logprobs."""
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
 
 class TokenizeBody(_Body, kw_only=True):
@@ -170,6 +177,7 @@ Body = TypeVar("Body", bound=_Body)
 
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
@@ -278,6 +286,32 @@ def prompts_of(body: CompletionBody) -> list[str | list[int]]:
     if not batch or not all(batch):
         raise Refused("the prompt is empty", "prompt")
     return batch
+
+
+def logprobs_of(body: GenerationBody) -> int | None:
+    """How many of the likeliest tokens to tell of at each position; None: tell of none. Raises Refused."""
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    assert isinstance(body, ChatBody)
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
+        return None
+    most = body.top_logprobs or 0
+    if not 0 <= most <= MAX_LOGPROBS:
+        raise Refused(f"top_logprobs must be between 0 and {MAX_LOGPROBS}, not {most}", "top_logprobs")
+    return most
+
+
+def biases_of(body: GenerationBody) -> tuple[tuple[int, float], ...]:
+    """The logit biases by token id. Raises Refused."""
+    given = body.logit_bias or {}
+    if len(given) > MAX_BIASES:
+        raise Refused(f"at most {MAX_BIASES} logit biases, not {len(given)}", "logit_bias")
+    for name in given:
+        if not _TOKEN_ID.fullmatch(name):
+            raise Refused(f"logit_bias names {name[:20]!r}, not a token id", "logit_bias")
+    return tuple((int(name), bias) for name, bias in given.items())
 
 
 def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from semipd.core.errors import EngineDead, Refused
@@ -22,10 +23,13 @@ from semipd.serve.schema import (
     DetokenizeBody,
     GenerationBody,
     TokenizeBody,
+    biases_of,
+    logprobs_of,
     messages_of,
     prompts_of,
 )
 from semipd.serve.session import Session
+from semipd.serve.text import Echo
 from semipd.serve.tokenizer import Tokenizer
 
 MAX_SALT = 256
@@ -77,12 +81,16 @@ class Service:
             raise ApiError(404, message, "invalid_request_error", "model_not_found", "model")
 
     async def plan_completion(self, body: CompletionBody, arrived: float) -> Plan:
-        params = params_of(body, body.max_tokens, DEFAULT_MAX_TOKENS)
+        alone = bool(body.echo) and body.max_tokens == 0
+        params = params_of(body, 1 if alone else body.max_tokens, DEFAULT_MAX_TOKENS)
         engine, salt = self.engine(), _salt(body)
 
         def work() -> Plan:
-            ids = [self._ids(prompt, engine.limit) for prompt in prompts_of(body)]
-            return self._maker.plan(ids, params, engine, salt, arrived)
+            prompts = prompts_of(body)
+            ids = [self._ids(prompt, engine.limit) for prompt in prompts]
+            plan = self._maker.plan(ids, params, engine, salt, arrived)
+            echoes = self._echoes(prompts, ids, params.n, alone) if body.echo else []
+            return replace(plan, echoes=echoes, told=True)
 
         return await self._off_loop(work)
 
@@ -101,7 +109,8 @@ class Service:
         def work() -> Plan:
             messages = self._messages(body.messages, engine.limit)
             params = params_of(body, asked, None)
-            return self._maker.plan([chat.encode(messages)], params, engine, salt, arrived)
+            plan = self._maker.plan([chat.encode(messages)], params, engine, salt, arrived)
+            return replace(plan, told=True)
 
         try:
             return await self._off_loop(work)
@@ -143,6 +152,16 @@ class Service:
         self.tokenizer.check_size(prompt, limit, "prompt")
         return self.tokenizer.encode(prompt)
 
+    def _echoes(
+        self, prompts: Sequence[str | list[int]], ids: Sequence[list[int]], choices: int, alone: bool
+    ) -> list[Echo]:
+        """Each prompt, as often as it has choices."""
+        echoes = [
+            Echo(prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt), tokens, alone)
+            for prompt, tokens in zip(prompts, ids, strict=True)
+        ]
+        return [echo for echo in echoes for _ in range(choices)]
+
     def _template(self) -> ChatTemplate:
         if self._chat is None:
             raise Refused("this model has no chat template; use /v1/completions", "messages")
@@ -170,6 +189,11 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         raise Refused(f"user is longer than {MAX_USER} characters", "user")
     if body.stream_options is not None and not body.stream:
         raise Refused("stream_options need stream: true", "stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise Refused("prompt_logprobs are not told in a stream", "prompt_logprobs")
+    logprobs, of_prompt = logprobs_of(body), body.prompt_logprobs
+    if isinstance(body, CompletionBody) and body.echo and logprobs is not None:
+        of_prompt = max(logprobs, of_prompt or 0)
     return SamplingParams(
         temperature=body.temperature,
         top_p=body.top_p,
@@ -182,6 +206,12 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         min_tokens=body.min_tokens or 0,
         max_tokens=default if max_tokens is None else max_tokens,
         n=1 if body.n is None else body.n,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=biases_of(body),
+        logprobs=logprobs,
+        prompt_logprobs=of_prompt,
         service_tier=body.service_tier,
         priority=body.priority,
     )

@@ -11,13 +11,13 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
 from semipd.core.errors import EngineDead, Refused, SemipdError
-from semipd.core.types import FinishReason
+from semipd.core.types import FinishReason, Score
 from semipd.serve.messages import Abort, Ask, Ended, EngineInfo, Lost, Stats, Step, Submit, Up
 
 ANSWER_SECONDS = 10.0  # a planner that has not answered for this long is stuck
@@ -45,12 +45,15 @@ class Link(Protocol):
 
 @dataclass(slots=True)
 class Piece:
-    """New tokens of one sequence, and whether they were the last. cached_tokens: known at the end."""
+    """New tokens of one sequence, and whether they were the last. cached_tokens: known at the end.
+
+    scores: of tokens of the prompt, then of `tokens`, where they were asked for."""
 
     index: int
     tokens: list[int]
     finish: FinishReason | None = None
     cached_tokens: int | None = None
+    scores: list[Score] = field(default_factory=list)
 
 
 class Session:
@@ -156,6 +159,9 @@ class Session:
 
     def _step(self, step: Step) -> None:
         streams = self._streams
+        for name, score in zip(step.scored, step.scores, strict=True):
+            if (entry := streams.get(name)) is not None:
+                entry[0].score(entry[1], score)
         for name, token in zip(step.ids, step.tokens, strict=True):
             if (entry := streams.get(name)) is not None:
                 entry[0].put(entry[1], token)
@@ -189,6 +195,7 @@ class Stream:
         self.running: dict[int, str] = {}  # sequences that have not ended, and their requests' ids
         self._abort = abort
         self._pieces: dict[int, Piece] = {}
+        self._scores: dict[int, list[Score]] = {}  # of tokens to come: no piece is made of scores alone
         self._error: SemipdError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -228,7 +235,12 @@ class Stream:
             self._pieces[index] = Piece(index, [token])
         else:
             piece.tokens.append(token)
+        if self._scores:
+            self._pieces[index].scores += self._scores.pop(index, ())
         self._wake()
+
+    def score(self, index: int, score: Score) -> None:
+        self._scores.setdefault(index, []).append(score)
 
     def end(self, index: int, ended: Ended) -> None:
         self.running.pop(index, None)

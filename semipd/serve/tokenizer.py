@@ -75,6 +75,12 @@ class Tokenizer:
         """The vocabulary's own spelling of an id; None for an id that it does not have."""
         return self._parsing.id_to_token(index)
 
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of one token; of a special token, those of its name."""
+        if index in self._special_ids:
+            return (self.token_string(index) or "").encode()
+        return self._bytes.of(index)
+
     def named_special(self, name: str) -> str | None:
         """The text of a token that tokenizer_config.json names, such as "bos_token"."""
         value = self.config.get(name)

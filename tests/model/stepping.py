@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from semipd.core.types import BlockAppend, Sampling, Slice
+from semipd.core.types import BlockAppend, Sampling, Score, Slice
 from semipd.execute.runner import Runner
 from semipd.execute.storage import SlotTable
 from semipd.model.dense import DenseModel, StepInputs
@@ -26,6 +26,13 @@ class Recorder:
     def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
         self.logits = self.model.forward(inputs, kv, boundary)
         return self.logits.clone()  # the sampler may overwrite what it is given
+
+    def hidden(self, inputs: StepInputs, kv: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
+        return self.model.hidden(inputs, kv, boundary)
+
+    def logits_of(self, normed: torch.Tensor) -> torch.Tensor:
+        self.logits = self.model.logits(normed)
+        return self.logits.clone()
 
     def decode_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> Any:
         step = self.model.decode_step(kv, tokens, tables)
@@ -65,6 +72,7 @@ class Bench:
         each = self.table.blocks.shape[1]
         self.kv = torch.full(model.kv_shape(slots * each, block_size), 7.0, dtype=model.dtype)
         self.order = np.random.default_rng(seed).permutation(slots * each).reshape(slots, each)
+        self.scores: tuple[Score, ...] = ()  # of the last step
         self.runner = Runner(self.recorder, self.table, self.kv, fused)  # type: ignore[arg-type]
 
     def open(self, slot: int, tokens: Sequence[int], **sampling: Any) -> None:
@@ -72,7 +80,8 @@ class Bench:
         self.table.append([BlockAppend(slot, 0, tuple(self.order[slot].tolist()))])
 
     def run(self, *slices: Slice) -> list[int]:
-        return self.runner.run(slices, lambda: None)
+        tokens, self.scores = self.runner.run(slices, lambda: None)
+        return tokens
 
     def generate(self, slot: int, prompt: Sequence[int], count: int, chunk: int = 2**20) -> list[int]:
         """Prefill in chunks, then decode, `count` tokens in all."""
