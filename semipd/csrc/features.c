@@ -24,7 +24,8 @@ EXPORT int semipd_level(void) {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return AVX2;
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return AVX512;
+    if (!__builtin_cpu_supports("avx512vnni")) return AVX512;
+    if (!__builtin_cpu_supports("avx512bf16")) return AVX512_VNNI;
     return has_tiles() && may_use_tiles() ? AMX : AVX512_BF16;
 }
 #else

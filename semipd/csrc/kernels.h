@@ -8,7 +8,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
+enum { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4, AMX = 5 };
 
 /* One layer of a KV pool, [2, blocks, kv_heads, block_size, head_dim], and the queries that read it. */
 typedef struct {
@@ -74,7 +74,7 @@ typedef struct { /* those in arrays for float and for bfloat16 */
     RotateRow *rotate_row[2];
     FindBest *find_best[2];
     FinishPair *finish_pair[2];
-    MultiplyPair *multiply_floats;
+    MultiplyPair *multiply_floats, *multiply_halves;
 } Kernels;
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

@@ -8,13 +8,20 @@
 #include "simd.h"
 #include "team.h"
 
+static MultiplyPair *multiply_of(const Linear *linear) {
+    const Kernels *kernels = kernels_of(linear->level);
+    if (linear->kind == FLOATS) return kernels->multiply_floats;
+    if (linear->level >= AMX) return multiply_pair_amx;
+    return linear->level >= AVX512_BF16 ? multiply_pair_bf16 : kernels->multiply_halves;
+}
+
 /* `rows` rows from x times the pairs [first, last), in blocks that stay in the second cache. */
 static void multiply_block(const Linear *linear, const char *x, int64_t x_stride, int64_t rows, int64_t first,
                            int64_t last, char *out, int64_t out_stride) {
     float sums[GROUP * ROW_BLOCK * PAIR] __attribute__((aligned(64)));
     const Kernels *kernels = kernels_of(linear->level);
-    int half = linear->kind == TILES, stream = rows <= FEW;
-    MultiplyPair *multiply = half ? multiply_pair_amx : kernels->multiply_floats;
+    int half = linear->kind == HALVES, stream = rows <= FEW;
+    MultiplyPair *multiply = multiply_of(linear);
     size_t element = element_size(half);
     int64_t tiles = (linear->inputs + DEPTH - 1) / DEPTH;
     int64_t blocks = half && stream ? 1 : (linear->inputs + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
@@ -47,8 +54,9 @@ void linear_in_team(const Linear *linear, const void *x, int64_t x_stride, int64
     int64_t groups = rows > FEW ? rounds * threads : linear->pairs; /* as many for every thread */
     int64_t group = (linear->pairs + groups - 1) / groups, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     int64_t each = ROUND_UP((rows + blocks - 1) / blocks, 32); /* even blocks, so that no thread waits long */
-    size_t element = element_size(linear->kind == TILES);
-    if (linear->kind == TILES) begin_tiles();
+    size_t element = element_size(linear->kind == HALVES);
+    int tiles = linear->kind == HALVES && linear->level >= AMX;
+    if (tiles) begin_tiles();
 #pragma omp for schedule(static) collapse(2)
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t g = 0; g < groups; g++) {
@@ -58,7 +66,7 @@ void linear_in_team(const Linear *linear, const void *x, int64_t x_stride, int64
                 multiply_block(linear, (const char *)x + row * x_stride * element, x_stride, count, first, last,
                                (char *)out + row * out_stride * element, out_stride);
         }
-    if (linear->kind == TILES) end_tiles();
+    if (tiles) end_tiles();
 }
 
 /* x: rows `x_stride` elements apart; out: rows of `outputs` elements, `out_stride` apart. scratch: what a

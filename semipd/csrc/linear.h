@@ -14,10 +14,10 @@ enum {
     GROUP = 8          /* pairs of columns that share a block of rows */
 };
 
-/* TILES: bfloat16 on AMX; a pair's tile is [2 panels, 16 pairs of inputs, 16 columns, 2 inputs]. FLOATS: a pair's
-   tile is [32 inputs, 32 columns]. QUANTIZED: the head of a `Quantized` (quantized.h), inputs and outputs in
+/* HALVES: bfloat16; a pair's tile is [2 panels, 16 pairs of inputs, 16 columns, 2 inputs]. FLOATS: a pair's tile is
+   [32 inputs, 32 columns]. QUANTIZED: the head of a `Quantized` (quantized.h), inputs and outputs in
    bfloat16. */
-enum { TILES = 0, FLOATS = 1, QUANTIZED = 2 };
+enum { HALVES = 0, FLOATS = 1, QUANTIZED = 2 };
 
 /* weight: [pairs, inputs / 32 rounded up, PAIR_TILE], zero past the last input and output. bias: floats
    [pairs * 32] or NULL. gated: the panels of a pair are gate and up of the same 16 outputs, and
@@ -40,7 +40,7 @@ typedef void FinishPair(const Linear *linear, int64_t pair, const float *sums, i
    be there before them. */
 #define FENCE(pointer) __asm__ volatile("" : : "r"(pointer) : "memory")
 
-MultiplyPair multiply_pair_amx;
+MultiplyPair multiply_pair_amx, multiply_pair_bf16;
 /* Around a thread's use of tiles; and the shapes for up to 32 rows of `depth` bytes of inputs (linear_amx.c). */
 void begin_tiles(void), end_tiles(void);
 void shape_tiles(int64_t rows, int64_t depth);

@@ -1,8 +1,7 @@
 """Linear layers on the compiled kernels: weights packed once, one kernel for any number of rows, so a row's
 result has the same bits for any number of rows and threads, which oneDNN's has not.
 
-bfloat16 only with AMX, where they read weights at memory speed (oneDNN's packed ones reach half of it on
-two cores); elsewhere oneDNN's packed linears were measured at memory speed already (layers.py). float32
+bfloat16 from AVX2 on: tile registers (AMX), products of pairs (AVX512-BF16), or widened to float32. float32
 from AVX-512 on.
 """
 
@@ -13,7 +12,7 @@ import ctypes
 import torch
 import torch.nn.functional as functional
 
-from semipd.model.kernels import AMX, AVX512, FLOATS, TILES, Kernels, LinearShape, QuantizedShape
+from semipd.model.kernels import AVX2, AVX512, FLOATS, HALVES, Kernels, LinearShape, QuantizedShape
 from semipd.model.layers import Compute, Kind
 
 PAIR, DEPTH = 32, 32  # columns and inputs of a packed tile (csrc/linear.h)
@@ -49,7 +48,7 @@ class Native:
 
 
 class CompiledLinear(Native):
-    """x -> x W + b, in bfloat16 on tile registers or in float32. The unpacked weight is not kept."""
+    """x -> x W + b, in bfloat16 or in float32. The unpacked weight is not kept."""
 
     def __init__(self, kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """weight: [outputs, inputs]; in bfloat16, inputs are a multiple of 32."""
@@ -72,7 +71,7 @@ class CompiledLinear(Native):
         self._weight = packed
         self._bias = None if bias is None else bias.float().contiguous()
         shape = LinearShape(
-            TILES if tiled(weight) else FLOATS,
+            HALVES if tiled(weight) else FLOATS,
             kernels.level,
             weight.shape[1],
             weight.shape[0],
@@ -108,7 +107,7 @@ class CompiledGated(CompiledLinear):
 def compiled_kind(kernels: Kernels | None, dtype: torch.dtype, otherwise: Kind) -> Kind:
     """Compiled linears wherever kernels, dtype and shape allow them; `otherwise` elsewhere."""
     depth = DEPTH if dtype == torch.bfloat16 else 1
-    if kernels is None or kernels.level < (AMX if dtype == torch.bfloat16 else AVX512):
+    if kernels is None or kernels.level < (AVX2 if dtype == torch.bfloat16 else AVX512):
         return otherwise
 
     def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Compute:

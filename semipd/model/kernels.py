@@ -22,7 +22,7 @@ PART = 256  # positions at a time (csrc/kernels.h, csrc/prefill_attention.c)
 MOST_GROUP = 64  # query heads per KV head
 MOST_HEAD_DIM = 256
 LANES = 16
-BASELINE, AVX2, AVX512, AVX512_BF16, AMX = range(5)
+BASELINE, AVX2, AVX512, AVX512_VNNI, AVX512_BF16, AMX = range(6)
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
@@ -77,7 +77,7 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-TILES, FLOATS, QUANTIZED = range(3)  # kinds of linear layers (csrc/linear.h)
+HALVES, FLOATS, QUANTIZED = range(3)  # kinds of linear layers (csrc/linear.h)
 _LINEAR: tuple[tuple[str, Any], ...] = (
     *((name, _LONG) for name in ("kind", "level", "inputs", "outputs", "pairs", "gated")),
     ("weight", _POINTER),

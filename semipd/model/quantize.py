@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as functional
 
 from semipd.model.compiled import PAIR, Native, interleaved, padded_to
-from semipd.model.kernels import AVX512_BF16, QUANTIZED, Kernels, QuantizedShape
+from semipd.model.kernels import AVX512_VNNI, QUANTIZED, Kernels, QuantizedShape
 from semipd.model.layers import Compute, Kind
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def quantized_kind(kernels: Kernels | None, dtype: torch.dtype, method: str, oth
     """Linears that take matrices in either form. method: what to round plain ones to, or none.
 
     Quantised ones without a kernel (no AVX512-VNNI, float32, odd groups) become plain: right, but large."""
-    ready = kernels is not None and kernels.level >= AVX512_BF16 and dtype == torch.bfloat16
+    ready = kernels is not None and kernels.level >= AVX512_VNNI and dtype == torch.bfloat16
 
     def fits(matrix: Quantized) -> bool:
         return ready and (matrix.group % 32 == 0 or matrix.scale.shape[1] == 1)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from semipd.core.types import Slice
+from semipd.model import dense
 from semipd.model.attention import Pool, Ragged, attend, attend_plainly, plan_attention
 from semipd.model.compiled import CompiledGated, CompiledLinear, compiled_kind
 from semipd.model.dense import load_model
-from semipd.model.kernels import AMX, AVX512, Kernels, load_kernels
+from semipd.model.kernels import AMX, AVX2, AVX512, Kernels, load_kernels
 from semipd.model.layers import PLAIN, PlainGated, PlainLinear
 from semipd.model.row_ops import CompiledRowOps, Heads, PlainRowOps
 from tests.checkpoints import make_checkpoint
@@ -32,6 +33,11 @@ def levels() -> list[Kernels]:
     return [
         kernels for level, kernels in enumerate(found) if kernels is not None and kernels.level == level
     ]
+
+
+def vector_levels() -> list[Kernels]:
+    """Those with linear layers in bfloat16."""
+    return [kernels for kernels in levels() if kernels.level >= AVX2]
 
 
 def best() -> Kernels:
@@ -230,34 +236,34 @@ def inputs_of(rows: int, width: int) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
-@tiles_needed
+@pytest.mark.parametrize("kernels", vector_levels(), ids=lambda kernels: f"level{kernels.level}")
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_linears(shape: tuple[int, int], biased: bool) -> None:
+def test_linears(kernels: Kernels, shape: tuple[int, int], biased: bool) -> None:
     gate, bias = parameters(*shape)
     up, up_bias = parameters(*shape, seed=1)
     biases = (bias, up_bias) if biased else (None, None)
     linear, gated = (
-        CompiledLinear(best(), gate, biases[0]),
-        CompiledGated(best(), gate, biases[0], up, biases[1]),
+        CompiledLinear(kernels, gate, biases[0]),
+        CompiledGated(kernels, gate, biases[0], up, biases[1]),
     )
     wide = [None if one is None else one.double() for one in biases]
     exact_linear = PlainLinear(gate.double(), wide[0])
     exact_gated = PlainGated(gate.double(), wide[0], up.double(), wide[1])
-    for rows in (1, 7, 16, 17, 32, 63, 130, 600):
+    for rows in (1, 2, 3, 5, 7, 16, 17, 32, 63, 130, 600):
         x = inputs_of(rows, shape[1])
         close = {"rtol": 2**-7, "atol": 1e-2}
         torch.testing.assert_close(linear(x).double(), exact_linear(x.double()), **close)
         torch.testing.assert_close(gated(x).double(), exact_gated(x.double()), **close)
 
 
-@tiles_needed
-def test_a_linear_gives_a_row_the_same_bits_in_any_company_and_with_any_threads() -> None:
+@pytest.mark.parametrize("kernels", vector_levels(), ids=lambda kernels: f"level{kernels.level}")
+def test_a_linear_gives_a_row_the_same_bits_in_any_company_and_with_any_threads(kernels: Kernels) -> None:
     x = inputs_of(600, 2080)
     gate, up = parameters(200, 2080)[0], parameters(200, 2080, 1)[0]
-    for layer in (CompiledLinear(best(), gate, None), CompiledGated(best(), gate, None, up, None)):
+    for layer in (CompiledLinear(kernels, gate, None), CompiledGated(kernels, gate, None, up, None)):
         whole = layer(x)
-        for rows in (1, 2, 16, 33, 64, 65, 200):
+        for rows in (1, 2, 3, 5, 9, 16, 33, 64, 65, 200):
             assert torch.equal(layer(x[:rows]), whole[:rows]), rows
         assert torch.equal(layer(x[599:]), whole[599:])
         torch.set_num_threads(2)
@@ -268,23 +274,27 @@ def test_a_linear_gives_a_row_the_same_bits_in_any_company_and_with_any_threads(
 def test_linears_take_rows_of_a_wider_matrix() -> None:
     weight, _ = parameters(40, 64)
     x = inputs_of(5, 200)[:, 20:84]
-    kind = compiled_kind(BEST, torch.bfloat16, PLAIN)
-    torch.testing.assert_close(
-        kind.linear(weight, None)(x), PlainLinear(weight, None)(x), rtol=2**-7, atol=1e-2
-    )
+    for kernels in levels():
+        ours = compiled_kind(kernels, torch.bfloat16, PLAIN).linear(weight, None)(x)
+        torch.testing.assert_close(ours, PlainLinear(weight, None)(x), rtol=2**-7, atol=1e-2)
 
 
 def test_where_kernels_do_not_apply_the_other_linears_are_used() -> None:
     weight, _ = parameters(40, 48)
     assert compiled_kind(None, torch.bfloat16, PLAIN) is PLAIN
     assert compiled_kind(load_kernels(AVX512 - 1), torch.float32, PLAIN) is PLAIN
-    assert compiled_kind(load_kernels(AVX512), torch.bfloat16, PLAIN) is PLAIN
+    assert compiled_kind(load_kernels(AVX2 - 1), torch.bfloat16, PLAIN) is PLAIN
     assert isinstance(compiled_kind(BEST, torch.bfloat16, PLAIN).linear(weight, None), PlainLinear)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float32", AMX), *(("bfloat16", level) for level in range(AMX + 1))]
+)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
-def test_a_model_with_kernels_agrees_with_one_without(family: str, dtype: str, tmp_path: Path) -> None:
+def test_a_model_with_kernels_agrees_with_one_without(
+    family: str, dtype: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "load_kernels", lambda: load_kernels(most))
     window = {"mistral": {"sliding_window": 37}}.get(family, {})
     folder = make_checkpoint(tmp_path, family, hidden_size=64, intermediate_size=96, **window)
     tokens = np.random.default_rng(0).integers(0, 320, 300).tolist()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from semipd.core.errors import ConfigError
 from semipd.core.types import Slice
 from semipd.model.dense import load_model
-from semipd.model.kernels import AMX, AVX512_BF16, Kernels, load_kernels
+from semipd.model.kernels import AMX, AVX512_VNNI, Kernels, load_kernels
 from semipd.model.layers import PLAIN, PlainGated, PlainLinear
 from semipd.model.quantize import (
     Quantized,
@@ -31,13 +31,13 @@ from tests.model.stepping import Bench
 
 BEST = load_kernels()
 kernels_needed = pytest.mark.skipif(
-    BEST is None or BEST.level < AVX512_BF16, reason="needs compiled kernels and AVX512-VNNI"
+    BEST is None or BEST.level < AVX512_VNNI, reason="needs compiled kernels and AVX512-VNNI"
 )
 
 
 def levels() -> list[Kernels]:
-    found = [load_kernels(level) for level in (AVX512_BF16, AMX)]
-    wanted = (AVX512_BF16, AMX)
+    found = [load_kernels(level) for level in (AVX512_VNNI, AMX)]
+    wanted = (AVX512_VNNI, AMX)
     return [k for level, k in zip(wanted, found, strict=True) if k is not None and k.level == level]
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from semipd.core.types import Slice
+from semipd.model import dense
 from semipd.model.dense import DenseModel, load_model
-from semipd.model.kernels import AMX, AVX512, load_kernels
+from semipd.model.kernels import AMX, AVX2, AVX512, AVX512_BF16, AVX512_VNNI, load_kernels
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
 from tests.model.stepping import Bench
 
@@ -35,17 +36,27 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "window": ("mistral", {"sliding_window": 300, **WIDE}, {"dtype": "float32"}),
     "tiles": ("qwen2", WIDE, {"dtype": "bfloat16"}),
     "tiles, window": ("mistral", {"sliding_window": 37, **WIDE}, {"dtype": "bfloat16"}),
+    "pairs": ("qwen2", WIDE, {"dtype": "bfloat16"}),
+    "widened": ("qwen3", WIDE, {"dtype": "bfloat16"}),
+    "AVX2": ("qwen2", WIDE, {"dtype": "bfloat16"}),
     "int8": ("qwen2", WIDE, {"dtype": "bfloat16", "quantization": "int8"}),
     "int4": ("qwen3", WIDE, {"dtype": "bfloat16", "quantization": "int4", "quantize_head": True}),
 }
+LEVELS = {"tiles": AMX, "tiles, window": AMX, "pairs": AVX512_BF16, "widened": AVX512, "AVX2": AVX2}
+LEVELS |= {"int8": AVX512_VNNI, "int4": AVX512_VNNI}
 LENGTHS = (600, 1, 256, 17, 255, 33)
 
 
 def load(name: str, folder: Path) -> DenseModel:
+    """With the kernels of an older processor where `LEVELS` says so."""
     family, shape, options = MODELS[name]
-    if options["dtype"] == "bfloat16" and (BEST is None or BEST.level < AMX):
-        pytest.skip("needs AMX")
-    return load_model(make_checkpoint(folder, family, **shape), **options)
+    level = LEVELS.get(name, AVX512)
+    if BEST is None or BEST.level < level:
+        pytest.skip(f"needs level {level}")
+    with pytest.MonkeyPatch.context() as patch:
+        if name in LEVELS:
+            patch.setattr(dense, "load_kernels", lambda: load_kernels(level))
+        return load_model(make_checkpoint(folder, family, **shape), **options)
 
 
 def filled(model: DenseModel, fused: bool, **sampling: Any) -> Bench:
