@@ -24,23 +24,44 @@ def _page_pointers(
     block_stride,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Where the rows of these positions of one KV head begin."""
-    block = tl.load(tables + slot * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
+    """Where the rows of these positions of one KV head begin. MASKED: only those `inside` are there."""
+    entry = tables + slot * table_stride + position // BLOCK_SIZE
+    if MASKED:
+        block = tl.load(entry, mask=inside, other=0)
+    else:
+        block = tl.load(entry)
     return layer + block.to(tl.int64) * block_stride + (kv_head * BLOCK_SIZE + position % BLOCK_SIZE) * DIM
 
 
 @triton.jit
+def _load_rows(rows, column, inside, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, DIM_BLOCK]; zeros outside. A load that needs no mask has none: it takes fewer instructions."""
+    pointers = rows[:, None] + column[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
+    if DIM != DIM_BLOCK:
+        return tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
 def _dot(a, b, CAST: tl.constexpr):
-    """Matrix product in float32. CAST: convert first (the interpreter's bfloat16 product is wrong)."""
+    """Matrix product in float32. CAST: convert first (the interpreter's bfloat16 product is wrong). Float32
+    operands go through the tensor cores in three parts, which loses next to nothing: exact products would
+    take scalar instructions and several kilobytes of spilled registers a thread."""
     if CAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
 def _absorb(
     query,
+    mixed,
+    total,
+    best,
     at,
     begin,
     end,
@@ -53,23 +74,26 @@ def _absorb(
     table_stride,
     half_stride,
     block_stride,
-    ROWS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ENDS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAST: tl.constexpr,
 ):
     """Attend query [ROWS, DIM_BLOCK], whose row i stands at position at[i], to the positions from begin to
-    end. Returns (unnormalised sum [ROWS, DIM_BLOCK], sum of weights, maximum) per row."""
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+    end. Returns (unnormalised sum [ROWS, DIM_BLOCK], sum of weights, greatest product) per row, having put
+    together those given and what was added. scale: of the products, in base 2.
+
+    ENDS: the last block may reach beyond end. CAUSAL: some rows may stand before some positions.
+    WINDOWED: some positions may have left the window of some rows. Where all three are false nothing is
+    compared, which is what most of a long context should be."""
     column = tl.arange(0, DIM_BLOCK)
     for start in range(begin, end, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        inside = position < end
+        inside = position < end if ENDS else position >= 0
         rows = _page_pointers(
             layer,
             tables,
@@ -81,20 +105,25 @@ def _absorb(
             block_stride,
             DIM,
             BLOCK_SIZE,
+            ENDS,
         )
-        mask = inside[:, None] & (column < DIM)[None, :]
-        key = tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
-        score = _dot(query, tl.trans(key), CAST) * scale
-        visible = inside[None, :] & (position[None, :] <= at[:, None])
-        if WINDOWED:
-            visible = visible & (position[None, :] > at[:, None] - window)
-        score = tl.where(visible, score, float("-inf"))
+        key = _load_rows(rows, column, inside, DIM, DIM_BLOCK, ENDS)
+        score = _dot(query, tl.trans(key), CAST)
+        if ENDS or CAUSAL or WINDOWED:
+            visible = inside[None, :]
+            if CAUSAL:
+                visible = visible & (position[None, :] <= at[:, None])
+            if WINDOWED:
+                visible = visible & (position[None, :] > at[:, None] - window)
+            score = tl.where(visible, score, float("-inf"))
         higher = tl.maximum(best, tl.max(score, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row may have seen nothing so far
-        weight = tl.exp2(score - base[:, None])
-        decay = tl.exp2(best - base)
+        base = higher * scale
+        if CAUSAL or WINDOWED:  # a row may have seen nothing so far
+            base = tl.where(higher == float("-inf"), 0.0, base)
+        weight = tl.exp2(score * scale - base[:, None])
+        decay = tl.exp2(best * scale - base)
         total = total * decay + tl.sum(weight, axis=1)
-        value = tl.load(rows[:, None] + half_stride + column[None, :], mask=mask, other=0.0)
+        value = _load_rows(rows + half_stride, column, inside, DIM, DIM_BLOCK, ENDS)
         mixed = mixed * decay[:, None] + _dot(weight.to(value.dtype), value, CAST)
         best = higher
     return mixed, total, best
@@ -136,37 +165,42 @@ def prefill_kernel(
     rows = row + offset
     width: tl.constexpr = (QUERY + 2 * KV) * DIM
     query = tl.load(qkv + rows[:, None] * width + head * DIM + column[None, :], mask=mask, other=0.0)
+    at = first + offset
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32)
+    kv_head = head // (QUERY // KV)
     begin = 0
     if WINDOWED:
+        # What the first row still sees and the last one does not any more.
         begin = tl.maximum(0, first - window + 1)
-    mixed, total, _ = _absorb(
-        query,
-        first + offset,
-        begin,
-        first + count,
-        window,
-        scale,
-        layer,
-        tables,
-        slot,
-        head // (QUERY // KV),
-        table_stride,
-        half_stride,
-        block_stride,
-        BLOCK_M,
-        DIM,
-        DIM_BLOCK,
-        BLOCK_SIZE,
-        BLOCK_N,
-        WINDOWED,
-        CAST,
-    )
+        seen_by_all = tl.minimum(tl.maximum(0, first + count - window), first + 1)
+        parted = begin + tl.cdiv(tl.maximum(seen_by_all - begin, 0), BLOCK_N) * BLOCK_N
+        mixed, total, best = _absorb(
+            query, mixed, total, best, at, begin, tl.minimum(parted, first + count), window, scale,
+            layer, tables, slot, kv_head, table_stride, half_stride, block_stride,
+            DIM, DIM_BLOCK, BLOCK_SIZE, BLOCK_N, True, True, True, CAST,
+        )  # fmt: skip
+        begin = parted
+    # Whole blocks that every row sees; then those that some rows stand before.
+    whole = begin + tl.maximum(first + 1 - begin, 0) // BLOCK_N * BLOCK_N
+    mixed, total, best = _absorb(
+        query, mixed, total, best, at, begin, whole, window, scale,
+        layer, tables, slot, kv_head, table_stride, half_stride, block_stride,
+        DIM, DIM_BLOCK, BLOCK_SIZE, BLOCK_N, False, False, False, CAST,
+    )  # fmt: skip
+    mixed, total, best = _absorb(
+        query, mixed, total, best, at, whole, first + count, window, scale,
+        layer, tables, slot, kv_head, table_stride, half_stride, block_stride,
+        DIM, DIM_BLOCK, BLOCK_SIZE, BLOCK_N, True, True, WINDOWED, CAST,
+    )  # fmt: skip
     result = (mixed / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty)
     tl.store(out + rows[:, None] * (QUERY * DIM) + head * DIM + column[None, :], result, mask=mask)
 
 
 @triton.jit
 def decode_kernel(
+    out,
     sums,
     totals,
     maxima,
@@ -193,8 +227,8 @@ def decode_kernel(
     CAST: tl.constexpr,
 ):
     """One program per single row, KV head and part of the context; the heads that share the KV head are the
-    rows of one product. Writes partial sums [singles, QUERY, SPLITS, DIM], totals and maxima without
-    DIM."""
+    rows of one product. With one part it writes `out`; else partial sums [singles, QUERY, SPLITS, DIM], and
+    totals and maxima (scaled) without DIM, for `reduce_kernel`."""
     index = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -216,32 +250,29 @@ def decode_kernel(
     mask = (member < group)[:, None] & (column < DIM)[None, :]
     width: tl.constexpr = (QUERY + 2 * KV) * DIM
     query = tl.load(qkv + row * width + head[:, None] * DIM + column[None, :], mask=mask, other=0.0)
+    best = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    mixed = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+    # The row stands behind all positions and in its window are all of them: only the last block has an end.
+    whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
     mixed, total, best = _absorb(
-        query,
-        position + member * 0,
-        begin,
-        end,
-        window,
-        scale,
-        layer,
-        tables,
-        slot,
-        kv_head,
-        table_stride,
-        half_stride,
-        block_stride,
-        GROUP_BLOCK,
-        DIM,
-        DIM_BLOCK,
-        BLOCK_SIZE,
-        BLOCK_N,
-        WINDOWED,
-        CAST,
-    )
+        query, mixed, total, best, member, begin, whole, window, scale,
+        layer, tables, slot, kv_head, table_stride, half_stride, block_stride,
+        DIM, DIM_BLOCK, BLOCK_SIZE, BLOCK_N, False, False, False, CAST,
+    )  # fmt: skip
+    mixed, total, best = _absorb(
+        query, mixed, total, best, member, whole, end, window, scale,
+        layer, tables, slot, kv_head, table_stride, half_stride, block_stride,
+        DIM, DIM_BLOCK, BLOCK_SIZE, BLOCK_N, True, False, False, CAST,
+    )  # fmt: skip
+    if SPLITS == 1:
+        target = out + row * (QUERY * DIM) + head[:, None] * DIM + column[None, :]
+        tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        return
     cell = (index * QUERY + head) * SPLITS + split
     tl.store(sums + cell[:, None] * DIM + column[None, :], mixed, mask=mask)
     tl.store(totals + cell, total, mask=member < group)
-    tl.store(maxima + cell, best, mask=member < group)
+    tl.store(maxima + cell, best * scale, mask=member < group)
 
 
 @triton.jit

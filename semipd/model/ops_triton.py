@@ -17,7 +17,9 @@ from semipd.model.ops import TILE, DeviceStep, Heads, Outline
 PROGRAMS_PER_UNIT = 16  # decode splits contexts until there are about this many programs per SM
 MOST_SPLITS = 64
 DECODE_BLOCK = 64  # positions per iteration
-PREFILL_BLOCK = 64
+DECODE_OPTIONS = {"num_warps": 4, "num_stages": 3}
+PREFILL_OPTIONS = {"num_warps": 8, "num_stages": 2}
+HOPPER_SHARED = 200 * 1024  # bytes of shared memory that a program has there, and on nothing older
 _LOG2_E = math.log2(math.e)
 
 
@@ -30,6 +32,7 @@ class TritonOps:
 
     def __init__(self, device: torch.device, rows: int, heads: Heads, units: int) -> None:
         self._cast = os.environ.get("TRITON_INTERPRET") == "1"
+        self._shared = shared_memory(device)
         self._units = units  # the scratch memory below is enough for this many, and no more
         cells = max(count * decode_splits(count, heads.kv, units) for count in range(1, rows + 1))
         self._sums = torch.empty(cells * heads.query * heads.dim, dtype=torch.float32, device=device)
@@ -139,29 +142,46 @@ class TritonOps:
         scale = _LOG2_E / math.sqrt(heads.dim)
         strides = (step.tables.stride(0), layer.stride(0), layer.stride(1))
         if tiles := step.tiles.shape[0]:
-            wide = heads.dim > 128 or layer.dtype == torch.float32  # more registers and shared memory a row
+            columns = prefill_block(heads.dim, layer.dtype, window is not None, self._shared)
             attention.prefill_kernel[(heads.query, tiles)](
                 out, qkv, layer, step.tables, step.tiles, scale, window or 0, *strides,
-                BLOCK_M=TILE, BLOCK_N=32 if wide else PREFILL_BLOCK, num_warps=8, num_stages=2, **shape,
+                BLOCK_M=TILE, BLOCK_N=columns, **PREFILL_OPTIONS, **shape,
             )  # fmt: skip
         if count := step.singles.shape[0]:
             splits = decode_splits(count, heads.kv, min(units, self._units))
             scratch = (self._sums, self._totals, self._maxima)
             attention.decode_kernel[(count, heads.kv, splits)](
-                *scratch, qkv, layer, step.tables, step.singles, step.row_slots, step.positions,
+                out, *scratch, qkv, layer, step.tables, step.singles, step.row_slots, step.positions,
                 scale, window or 0, *strides,
                 GROUP_BLOCK=max(triton.next_power_of_2(heads.query // heads.kv), 16),
-                BLOCK_N=DECODE_BLOCK, SPLITS=splits, num_warps=4, num_stages=3, **shape,
+                BLOCK_N=DECODE_BLOCK, SPLITS=splits, **DECODE_OPTIONS, **shape,
             )  # fmt: skip
-            attention.reduce_kernel[(count, heads.query)](
-                out, *scratch, step.singles,
-                QUERY=heads.query, DIM=heads.dim, DIM_BLOCK=shape["DIM_BLOCK"], SPLITS=splits, num_warps=4,
-            )  # fmt: skip
+            if splits > 1:
+                attention.reduce_kernel[(count, heads.query)](
+                    out, *scratch, step.singles,
+                    QUERY=heads.query, DIM=heads.dim, DIM_BLOCK=shape["DIM_BLOCK"], SPLITS=splits,
+                    num_warps=4,
+                )  # fmt: skip
 
     def gated(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         rows, width = out.shape
         block = min(triton.next_power_of_2(width), 1024)
         layers.gated_kernel[(rows, triton.cdiv(width, block))](out, gate_up, WIDTH=width, BLOCK=block)
+
+
+def prefill_block(dim: int, dtype: torch.dtype, windowed: bool, shared: int) -> int:
+    """Positions per iteration of prefill's kernel: as many as the registers of a thread hold, by what the
+    compiler reports. shared: bytes of shared memory that a program may have."""
+    if dim > 128 or dtype == torch.float32:
+        return 32
+    return 128 if shared >= HOPPER_SHARED and not windowed else 64
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; 0 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def decode_splits(rows: int, kv_heads: int, units: int) -> int:

@@ -30,7 +30,9 @@ class Case:
     longest: tokens of the longest slice; a kernel that works row by row learns nothing from many, and the
     interpreter takes its time for each."""
 
-    def __init__(self, seed: int, dtype: torch.dtype, normed: bool = False, longest: int = 140) -> None:
+    def __init__(
+        self, seed: int, dtype: torch.dtype, normed: bool = False, longest: int = 140, length: int = 200
+    ) -> None:
         self.rng = rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
         kv = int(rng.integers(1, 3))
@@ -43,7 +45,7 @@ class Case:
             )
         self.dtype = dtype
         self.block_size = int(rng.choice([4, 16]))
-        self.slots, self.length, self.longest = 5, 200, longest
+        self.slots, self.length, self.longest = 5, length, longest
         each = self.length // self.block_size + 1
         blocks = self.slots * each
         order = rng.permutation(blocks).reshape(self.slots, each)
@@ -104,6 +106,19 @@ def test_attention(seed: int, window: int | None, dtype: torch.dtype) -> None:
     case = Case(seed, dtype)
     shape = (case.step.rows, case.heads.query * case.heads.dim)
     expected, found = (torch.full(shape, 9.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    PLAIN.attend(case.qkv, case.layer, case.step, case.heads, window, 8, expected)
+    case.triton().attend(case.qkv, case.layer, case.step, case.heads, window, 8, found)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("window", [70, 200, 450])
+def test_long_windows_have_a_middle_that_all_rows_see(window: int) -> None:
+    """Blocks of it are computed without comparing; those before and after it are not."""
+    case = Case(8, torch.float32, length=500)
+    case.step = case.make_step([(0, 340, 130), (1, 450, 1), (2, 0, 129), (3, 470, 17), (4, 199, 2)])
+    case.qkv = case.random(case.step.rows, case.qkv.shape[1], dtype=torch.float32)
+    shape = (case.step.rows, case.heads.query * case.heads.dim)
+    expected, found = (torch.empty(shape, device=DEVICE) for _ in range(2))
     PLAIN.attend(case.qkv, case.layer, case.step, case.heads, window, 8, expected)
     case.triton().attend(case.qkv, case.layer, case.step, case.heads, window, 8, found)
     same(found, expected)
