@@ -90,7 +90,10 @@ class GreenContexts:
 
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         """What a driver function returns beside its code. Raises CannotPartition with the code's name."""
-        code, *results = getattr(self._driver, name)(*arguments)
+        try:
+            code, *results = getattr(self._driver, name)(*arguments)
+        except RuntimeError as error:  # the bindings' own, for a function that this driver does not have
+            raise CannotPartition(f"{name}: {error}") from None
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise CannotPartition(f"{name}: {getattr(code, 'name', code)}")
         return tuple(results)
