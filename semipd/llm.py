@@ -20,8 +20,8 @@ from semipd.build import Resolved, build_engine, resolve, targets_of
 from semipd.config import Config, ServerConfig, from_mapping
 from semipd.core.engine import Engine
 from semipd.core.errors import ConfigError, EngineDead, Refused
-from semipd.core.types import Score
 from semipd.core.ports import Observer
+from semipd.core.types import Score
 from semipd.serve.generation import Plan, RequestMaker, generate
 from semipd.serve.messages import Stats
 from semipd.serve.model_folder import ModelFolder, read_model_folder

@@ -19,17 +19,19 @@ import numpy as np
 import torch
 
 from semipd.core.ports import ExecutorLost
-from semipd.core.types import Batch, Device, Lane, Sampling, Split, StepResult
+from semipd.core.types import Batch, Device, Lane, Sampling, Score, Split, StepResult
 from semipd.execute.backend import Backend, Side
 from semipd.execute.cuda_graphs import DecodeGraphs, Graph
 from semipd.execute.cuda_lane import AHEAD, Flight, Group, LaneState
 from semipd.execute.cuda_partition import Placement
+from semipd.execute.device_scores import Told, Wanted
 from semipd.execute.device_storage import DeviceStorage, Packed, all_below, columns_of
 from semipd.model.device_model import DeviceModel
-from semipd.model.sampler_device import INVALID, greedy, sample_on_device
+from semipd.model.sampler_device import INVALID, chances_on_device, greedy, sample_on_device
 
 SWITCH_SECONDS = 100e-6  # host time; nothing is rebuilt and nothing waits
 POLL = 20e-6  # seconds between looks at events
+SCORED = 64  # prompt positions whose logits exist at the same time
 LANES = (Lane.DECODE, Lane.PREFILL)  # decode first: its launches are short and its deadline is near
 
 _END = object()
@@ -234,22 +236,55 @@ class CudaExecutor:
         step, write = storage.step(packed, backend)
         if state.ops.plans:
             state.ops.plan(storage.outline(packed.slots, packed.starts, packed.counts))
-        yield from self._model.launch(step, state.buffers, storage.kv, state.ops, lambda: _units(state))
+        prompts, units = storage.wanted_of_prompts(packed), lambda: _units(state)
+        yield from self._model.launch(
+            step, state.buffers, storage.kv, state.ops, units, head=prompts is None
+        )
+        if prompts is not None:
+            yield from self._score_prompts(state, flight, prompts)
         if write.shape[0]:
             logits = state.buffers.logits[: write.shape[0]]
-            rules = storage.rules(packed, backend)
-            ids = greedy(logits) if rules is None else sample_on_device(logits, rules)
-            storage.put(write, ids)
-            flight.ids = backend.read(ids)
+            if prompts is not None:
+                assert step.sample is not None
+                logits = self._model.logits_of(step.sample, state.buffers)
+            storage.put(write, self._choose(flight, packed, logits))
+
+    def _score_prompts(self, state: LaneState, flight: Flight, wanted: Wanted) -> Iterator[None]:
+        """Launch the head for these rows, a few at a time, and send their scores to the host."""
+        for part in wanted.parts(min(SCORED, state.buffers.logits.shape[0])):
+            rows, tokens = self._backend.upload(np.stack((part.rows, part.tokens)))
+            logits = self._model.logits_of(rows, state.buffers)
+            found = chances_on_device(logits, tokens, part.most)
+            flight.told.append(Told(part, self._backend.read(found)))
+            yield
+
+    def _choose(
+        self, flight: Flight, packed: Packed, logits: torch.Tensor, best: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The tokens of a batch by its rules, int64; they and the scores asked for go to the host. best:
+        the greedy ones, where they are known."""
+        wanted, raw = self._storage.wanted(packed), None
+        if wanted is not None:
+            rows = self._backend.upload(wanted.rows)
+            raw = logits.index_select(0, rows)  # a copy: rules change logits
+        rules = self._storage.rules(packed, self._backend)
+        if rules is not None:
+            ids = sample_on_device(logits, rules)
+        else:
+            ids = greedy(logits) if best is None else best
+        flight.ids = self._backend.read(ids)
+        if wanted is not None and raw is not None:
+            found = chances_on_device(raw, ids.index_select(0, rows), wanted.most)
+            flight.told.append(Told(wanted, self._backend.read(found)))
+        return ids
 
     def _replay(self, state: LaneState, flight: Flight, packed: Packed, graph: Graph) -> None:
         """A decode step by its graph, which chooses greedily; other rules choose again after it."""
         self.graphs.replay(graph, packed)
-        ids = graph.ids[: packed.rows]
-        if (rules := self._storage.rules(packed, self._backend)) is not None:
-            ids = sample_on_device(state.buffers.logits[: packed.rows], rules)
+        best = graph.ids[: packed.rows]
+        ids = self._choose(flight, packed, state.buffers.logits[: packed.rows], best)
+        if ids is not best:
             self._storage.put(graph.write[: packed.rows], ids)
-        flight.ids = self._backend.read(ids)
 
     def _harvest(self) -> list[StepResult]:
         """Take note of finished groups; the results of finished batches."""
@@ -271,15 +306,21 @@ class CudaExecutor:
     def _result(self, state: LaneState, group: Group) -> StepResult:
         flight = group.flight
         tokens: tuple[int, ...] = ()
+        scores: tuple[Score, ...] = ()
         error = flight.error
         if error is None and flight.ids is not None:
             tokens = tuple(flight.ids.values().tolist())
             if INVALID in tokens:
                 error = f"the logits of row {tokens.index(INVALID)} have no finite maximum"
                 tokens = ()
+        if error is None and flight.told:
+            try:
+                scores = tuple(score for told in flight.told for score in told.scores())
+            except FloatingPointError as broken:
+                tokens, error = (), str(broken)
         finished = self._backend.now()
         started = finished - group.end.seconds_since(flight.began)
-        return StepResult(state.lane, flight.batch.step, tokens, started, finished, error)
+        return StepResult(state.lane, flight.batch.step, tokens, started, finished, error, scores=scores)
 
     def _fail(self, flight: Flight, error: Exception) -> None:
         """End a batch whose launch raised; raise ExecutorLost when nothing can be launched any more."""

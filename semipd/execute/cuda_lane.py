@@ -11,6 +11,7 @@ import numpy as np
 
 from semipd.core.types import Batch, Lane
 from semipd.execute.backend import Reading, Side
+from semipd.execute.device_scores import Told
 from semipd.execute.device_storage import Packed
 from semipd.model.device_model import Buffers
 from semipd.model.ops import Ops
@@ -26,7 +27,7 @@ class Flight:
     """A submitted batch. columns: see `columns_of`. after: the last step of the other lane that
     used one of them. packed: None until its first launch.
     layers: launches still to come, or None when all are made. replayed: it was one graph. began: event
-    before its first kernel. ids: its tokens on their way to the host."""
+    before its first kernel. ids: its tokens on their way to the host; told: their scores, and prompts'."""
 
     batch: Batch
     columns: np.ndarray
@@ -36,6 +37,7 @@ class Flight:
     replayed: bool = False
     began: Any = None
     ids: Reading | None = None
+    told: list[Told] = field(default_factory=list)
     error: str | None = None
 
 

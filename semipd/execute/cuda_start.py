@@ -25,7 +25,12 @@ from semipd.execute.cuda_partition import Placement
 from semipd.execute.device_storage import DeviceStorage
 from semipd.model.device_model import DeviceModel, buffer_bytes, load_device_model
 from semipd.model.ops import TILE, DeviceStep
-from semipd.model.sampler_device import DeviceRules, sample_on_device
+from semipd.model.sampler_device import (
+    DeviceAdjustments,
+    DeviceRules,
+    chances_on_device,
+    sample_on_device,
+)
 from semipd.model.spec import ModelSpec, load_spec
 
 GRAPH_BYTES = 2**30  # what captured graphs may take, kept free for them
@@ -265,8 +270,15 @@ def _warm_sampling(backend: Backend, state: LaneState) -> None:
             banned=whole,
             banning=whole[0] != 0,
             filtered=filtered,
+            adjustments=DeviceAdjustments(
+                *(whole[0] * 0, whole.int(), whole[0], whole[0] * 0),
+                *(chances, chances, chances),
+                bias_tokens=whole,
+                bias=chances[None],
+            ),
         )
-        sample_on_device(state.buffers.logits[:1], rules)
+        ids = sample_on_device(state.buffers.logits[:1], rules)
+        chances_on_device(state.buffers.logits[:1], ids, 1)
 
 
 def _plan_scratch(storage: DeviceStorage, state: LaneState, alone: int, tiled: int) -> None:

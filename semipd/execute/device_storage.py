@@ -16,10 +16,11 @@ import torch
 
 from semipd.core.types import Batch, Sampling, Slice
 from semipd.execute.backend import Backend
+from semipd.execute.device_scores import Wanted, wanted_of_produced, wanted_of_prompts
 from semipd.execute.storage import SlotTable
 from semipd.model.device_model import DeviceModel
 from semipd.model.ops import TILE, DeviceStep, Outline
-from semipd.model.sampler_device import DeviceRules
+from semipd.model.sampler_device import DeviceAdjustments, DeviceRules
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class DeviceStorage:
         self._unsent: dict[int, np.ndarray] = {}
         self._broken: dict[int, str] = {}  # slots whose prompt cannot be computed
         self._ruled: set[int] = set()  # open slots whose tokens may not be the best ones
+        self._scored: set[int] = set()  # open slots that ask for scores
         device = backend.device
         with torch.inference_mode():
             self.tokens = torch.zeros((slots + 1, max_length + 2), dtype=torch.int32, device=device)
@@ -91,10 +93,10 @@ class DeviceStorage:
     def open(self, slot: int, tokens: Sequence[int], sampling: Sampling) -> None:
         """Raises ValueError out of range. A token outside the vocabulary fails the batches of this slot."""
         self.table.open(slot, tokens, sampling)
-        if sampling.temperature > 0 or sampling.ban_tokens:
-            self._ruled.add(slot)
-        else:
-            self._ruled.discard(slot)
+        adjusted = sampling.penalises or sampling.logit_bias
+        _note(self._ruled, slot, bool(sampling.temperature > 0 or sampling.ban_tokens or adjusted))
+        asked = sampling.logprobs is not None or sampling.prompt_logprobs is not None
+        _note(self._scored, slot, asked)
         known = np.asarray(tokens, dtype=np.int64)
         self._broken.pop(slot, None)
         if known.size and not 0 <= known.min() <= known.max() < self._vocabulary:
@@ -106,6 +108,7 @@ class DeviceStorage:
             self.table.close(slot)
             self._unsent.pop(slot, None)
             self._ruled.discard(slot)
+            self._scored.discard(slot)
 
     def pack(self, batch: Batch, columns: np.ndarray, most_rows: int) -> Packed:
         """Check a batch, whose `columns_of` are given. Raises ValueError when it cannot run."""
@@ -197,7 +200,8 @@ class DeviceStorage:
         produced = (packed.starts + packed.counts)[packed.wanted]
         temperature = table.temperature[slots]
         banning = (produced < table.ban_until[slots]) & (table.ban_count[slots] > 0)
-        if not banning.any() and not (temperature > 0).any():
+        adjusted = np.flatnonzero(table.adjusted[slots])
+        if not banning.any() and not (temperature > 0).any() and not adjusted.size:
             return None
         count = len(slots)
         top_p, top_k = table.top_p[slots], table.top_k[slots]
@@ -218,7 +222,54 @@ class DeviceStorage:
             banned=sent[5].view(count, width),
             banning=sent[4] != 0,
             filtered=bool((top_p < 1.0).any() or (top_k > 0).any()),
+            adjustments=self._adjustments(adjusted, slots, produced, backend) if adjusted.size else None,
         )
+
+    def _adjustments(
+        self, rows: np.ndarray, slots: np.ndarray, produced: np.ndarray, backend: Backend
+    ) -> DeviceAdjustments:
+        """Of these rows. Tokens come from the device's own table, which has those of steps in flight."""
+        table, slots, known = self.table, slots[rows], produced[rows]
+        width, count = max(int(table.bias_count[slots].max()), 1), len(rows)
+        filled = np.arange(width) < table.bias_count[slots][:, None]
+        floats = (table.presence_penalty, table.frequency_penalty, table.repetition_penalty)
+        chances = np.concatenate([values[slots] for values in floats] + [np.zeros(count, np.float32)])
+        bias = np.zeros((count, width + width % 2), np.float32)
+        bias[:, :width] = table.bias_values[slots, :width] * filled
+        sent = _send(
+            backend,
+            (
+                *(rows, slots, known, table.prompt_length[slots].astype(np.int64)),
+                chances.view(np.int64),
+                bias.reshape(-1).view(np.int64),
+                (table.bias_tokens[slots, :width] * filled).reshape(-1),
+            ),
+        )
+        penalties = sent[4].view(torch.float32).view(4, count)
+        return DeviceAdjustments(
+            rows=sent[0],
+            seen=self.tokens[:, : int(known.max())].index_select(0, sent[1]),
+            known=sent[2],
+            prompt=sent[3],
+            presence=penalties[0],
+            frequency=penalties[1],
+            repetition=penalties[2],
+            bias_tokens=sent[6].view(count, width),
+            bias=sent[5].view(torch.float32).view(count, -1)[:, :width],
+        )
+
+    def wanted(self, packed: Packed) -> Wanted | None:
+        """The produced tokens of a batch to score."""
+        if not self._scored:
+            return None
+        ends = packed.starts + packed.counts
+        return wanted_of_produced(self.table, packed.slots, ends, np.flatnonzero(packed.wanted))
+
+    def wanted_of_prompts(self, packed: Packed) -> Wanted | None:
+        """The prompt tokens of a batch to score."""
+        if not self._scored:
+            return None
+        return wanted_of_prompts(self.table, packed.slots, packed.starts, packed.counts)
 
     def _check(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
         table = self.table
@@ -249,6 +300,10 @@ class DeviceStorage:
             where += range(at, at + len(added))
             blocks += added
         return np.array(where, dtype=np.int64), np.array(blocks, dtype=np.int64)
+
+
+def _note(slots: set[int], slot: int, belongs: bool) -> None:
+    (slots.add if belongs else slots.discard)(slot)
 
 
 def all_below(values: np.ndarray, limit: int) -> bool:

@@ -120,11 +120,17 @@ class DeviceModel:
         )
 
     def launch(
-        self, step: DeviceStep, buffers: Buffers, kv: torch.Tensor, ops: Ops, units: Callable[[], int]
+        self,
+        step: DeviceStep,
+        buffers: Buffers,
+        kv: torch.Tensor,
+        ops: Ops,
+        units: Callable[[], int],
+        head: bool = True,
     ) -> Iterator[None]:
         """Launch the step layer by layer, yielding between two; when it is exhausted, the first rows of
         `buffers.logits` are (or will be) the logits of `step.sample`. units: the SMs of the lane, which may
-        change between layers."""
+        change between layers. head: False leaves every row for `logits_of` instead."""
         rows = step.rows
         hidden = buffers.hidden[:rows]
         ops.embed(step, self._embedding, hidden)
@@ -133,17 +139,24 @@ class DeviceModel:
             last = index == len(self.layers) - 1
             self._attend(layer, kv[index], step, buffers, ops, units())
             mixed = buffers.mixed[:rows]
-            if last and step.sample is not None:  # from here on only the sampled rows matter
+            if last and head and step.sample is not None:  # from here on only the sampled rows matter
                 if (rows := step.sample.shape[0]) == 0:
                     return
                 mixed = torch.index_select(mixed, 0, step.sample, out=buffers.last_mixed[:rows])
                 hidden = torch.index_select(hidden, 0, step.sample, out=buffers.last_hidden[:rows])
             following = self._norm if last else self.layers[index + 1].attention_norm
             self._feed(layer, mixed, hidden, following, buffers, ops)
-            if last:
-                self._head.into(buffers.logits[:rows], buffers.normed[:rows])
-            else:
+            if not last:
                 yield
+            elif head:
+                self._head.into(buffers.logits[:rows], buffers.normed[:rows])
+
+    def logits_of(self, rows: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+        """Logits of these rows, int64 [n], of a step that was launched without its head; in `buffers`."""
+        count = rows.shape[0]
+        normed = torch.index_select(buffers.normed, 0, rows, out=buffers.last_hidden[:count])
+        self._head.into(buffers.logits[:count], normed)
+        return buffers.logits[:count]
 
     def _attend(
         self, layer: DeviceLayer, kv: torch.Tensor, step: DeviceStep, buffers: Buffers, ops: Ops, units: int

@@ -1,9 +1,9 @@
 """From logits to tokens on an asynchronous device: the rule of `sampler`, without a read-back.
 
-Same filters, same order, same counter-based number per (seed, position), so a step can be run again. Sums
-run over other shapes than in numpy: where a drawn number falls within rounding of a boundary, the two may
-differ. `torch.where` with a number is avoided: it may copy the number to the device and wait for it, which
-a captured graph cannot contain.
+Same penalties and filters, same order, same counter-based number per (seed, position), so a step can be run
+again. Sums run over other shapes than in numpy: where a drawn number falls within rounding of a boundary,
+the two may differ. `torch.where` with a number is avoided: it may copy the number to the device and wait
+for it, which a captured graph cannot contain.
 """
 
 from __future__ import annotations
@@ -15,6 +15,24 @@ import torch.nn.functional as functional
 
 INVALID = -1  # the token of a row whose logits have no finite maximum
 _BLOCK = 256  # entries whose weights are summed together, as in `sampler.draw`
+
+
+@dataclass(frozen=True)
+class DeviceAdjustments:
+    """What changes the logits of m of the rows, on the device; as `sampler.Adjustment`. rows: int64 [m],
+    which. seen: int32 [m, longest], of which the first `known` of a row are its tokens so far and those
+    from `prompt` on were produced; both int64 [m]. presence, frequency, repetition: float32 [m].
+    bias_tokens, bias: int64 and float32 [m, any], filled up with zeros of any token."""
+
+    rows: torch.Tensor
+    seen: torch.Tensor
+    known: torch.Tensor
+    prompt: torch.Tensor
+    presence: torch.Tensor
+    frequency: torch.Tensor
+    repetition: torch.Tensor
+    bias_tokens: torch.Tensor
+    bias: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,7 @@ class DeviceRules:
     banned: torch.Tensor
     banning: torch.Tensor
     filtered: bool
+    adjustments: DeviceAdjustments | None = None
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -43,13 +62,45 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
 
 def sample_on_device(logits: torch.Tensor, rules: DeviceRules) -> torch.Tensor:
     """One token per row of logits [n, vocabulary], int64 [n]; INVALID as for `greedy`. Rows of temperature
-    0 are greedy. logits are overwritten where tokens are banned."""
+    0 are greedy. logits may be overwritten."""
+    logits = logits.float()
+    if rules.adjustments is not None:
+        adjust_on_device(logits, rules.adjustments)
     held = logits.gather(1, rules.banned)
     logits.scatter_(1, rules.banned, held.masked_fill(rules.banning[:, None], float("-inf")))
     best = greedy(logits)
-    weights = _filtered_weights(logits.float(), rules)
+    weights = _filtered_weights(logits, rules)
     drawn = _draw(weights, uniform(rules.seed, rules.position))
     return torch.where((rules.temperature > 0) & (best != INVALID), drawn, best)
+
+
+def adjust_on_device(logits: torch.Tensor, rule: DeviceAdjustments) -> None:
+    """Apply penalties and biases to some rows of logits, float32 [n, vocabulary], in place."""
+    values = logits.index_select(0, rule.rows)
+    place = torch.arange(rule.seen.shape[1], device=logits.device)
+    occurs = place < rule.known[:, None]
+    tokens = rule.seen.long() * occurs  # what lies beyond is of another sequence
+    counts = torch.zeros(values.shape, dtype=torch.int32, device=logits.device)
+    counts.scatter_add_(1, tokens, occurs.int())
+    repetition = rule.repetition[:, None]
+    changed = torch.where(values > 0.0, values / repetition, values * repetition)
+    values = torch.where(counts > 0, changed, values)
+    produced = occurs & (place >= rule.prompt[:, None])
+    counts.zero_().scatter_add_(1, tokens, produced.int())
+    values -= rule.frequency[:, None] * counts + rule.presence[:, None] * (counts > 0)
+    values.scatter_add_(1, rule.bias_tokens, rule.bias)
+    logits.index_copy_(0, rule.rows, values)
+
+
+def chances_on_device(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """As `logprobs.chances`, with `count` of the best for every row: float64 [n, 1 + 2 * count], the log
+    probability of each row's token, those of the best, and their ids. tokens: int64 [n]; INVALID counts
+    as 0. NaN where a row has no finite maximum."""
+    values = logits.float()
+    best = values.topk(min(count, values.shape[1]), dim=1)
+    chosen = torch.cat((values.gather(1, tokens.clamp_min(0)[:, None]), best.values), dim=1)
+    chosen = chosen - values.logsumexp(dim=1, keepdim=True)
+    return torch.cat((chosen.double(), best.indices.double()), dim=1)
 
 
 def uniform(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

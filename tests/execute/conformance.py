@@ -9,11 +9,12 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from semipd.core.ports import Executor, ExecutorLost
-from semipd.core.types import Batch, BlockAppend, Lane, Sampling, Slice, Split, StepResult
+from semipd.core.types import Batch, BlockAppend, Lane, Sampling, Score, Slice, Split, StepResult
 
 
 class Harness(ABC):
@@ -22,6 +23,7 @@ class Harness(ABC):
     block_size: int = 4
     vocabulary: int = 100
     slots: int | None = 4  # None: without limit
+    logits: bool = True  # whether tokens come from any, so that there is something to score and to bias
 
     @abstractmethod
     def make(self) -> Executor: ...
@@ -77,6 +79,19 @@ class Driver:
         for position in range(len(prompt), len(prompt) + count - 1):
             tokens += self.run(Lane.DECODE, Slice(slot, position, 1)).tokens
         return tokens
+
+
+def same_scores(found: Sequence[Score], expected: Sequence[Score]) -> None:
+    """Equal but for rounding and the row."""
+    assert [score.position for score in found] == [score.position for score in expected]
+    for one, two in zip(found, expected, strict=True):
+        numbers = (one.logprob, *one.logprobs)
+        assert numbers == pytest.approx((two.logprob, *two.logprobs), abs=1e-4)
+
+
+def skip_without_logits(harness: Harness) -> None:
+    if not harness.logits:
+        pytest.skip("this executor has no logits")
 
 
 class ExecutorConformance(ABC):
@@ -173,6 +188,70 @@ class ExecutorConformance(ABC):
         mixed = driver.run(Lane.DECODE, Slice(1, 13, 1), Slice(2, 0, 7, False))
         assert list(mixed.tokens) == expected[1:]
 
+    def test_scores_are_those_of_the_model_in_any_company_and_chunking(
+        self, harness: Harness, driver: Driver, prompt: list[int]
+    ) -> None:
+        """Prompt tokens and produced ones; a row with rules of its own has the scores of a plain one."""
+        skip_without_logits(harness)
+        rule = Sampling(logprobs=2, prompt_logprobs=3, prompt_length=13)
+        biased = Sampling(logprobs=1, logit_bias=((5, 100.0),), prompt_length=13)
+        driver.open(0, prompt, rule)
+        driver.open(1, prompt, biased)
+        driver.open(2, prompt)
+        whole = driver.run(Lane.PREFILL, Slice(0, 0, 13))
+        assert [score.position for score in whole.scores] == list(range(1, 14))
+        assert [len(score.ids) for score in whole.scores] == [3] * 12 + [2]
+        last = whole.scores[-1]
+        assert (last.ids[0], last.logprobs[0]) == (whole.tokens[0], last.logprob)
+        company = driver.run(Lane.DECODE, Slice(2, 0, 13), Slice(1, 0, 13), Slice(0, 0, 13))
+        assert company.tokens == (whole.tokens[0], 5, whole.tokens[0])
+        assert [score.row for score in company.scores if score.position == 13] == [1, 2]
+        one, two = (score for score in company.scores if score.position == 13)
+        assert one.ids == two.ids[:1] and one.logprob < one.logprobs[0]
+        assert one.logprobs[0] == pytest.approx(two.logprobs[0], abs=1e-4)
+        same_scores([score for score in company.scores if score.row == 2], whole.scores)
+        driver.open(3, prompt, rule)
+        chunks = [Slice(3, 0, 1, False), Slice(3, 1, 6, False), Slice(3, 7, 5, False), Slice(3, 12, 1)]
+        results = [driver.run(Lane.PREFILL, piece) for piece in chunks]
+        same_scores([score for result in results for score in result.scores], whole.scores)
+        again = driver.run(Lane.PREFILL, Slice(3, 12, 1))
+        assert again.scores == results[-1].scores
+
+    def test_penalties_count_what_the_sequence_holds(
+        self, harness: Harness, driver: Driver, prompt: list[int]
+    ) -> None:
+        """Greedy over raw scores less the penalties of what was produced: with a step ahead, after a replay
+        and after a recomputation from the tokens so far."""
+        skip_without_logits(harness)
+        start = Sampling(logprobs=harness.vocabulary, prompt_length=13)
+        driver.open(0, prompt, start)
+        first = driver.run(Lane.PREFILL, Slice(0, 0, 13)).scores[-1]
+        # Five tokens that are far ahead of all others, one of the prompt among them, close to each other.
+        raw = dict(zip(first.ids, first.logprobs, strict=True))
+        bias = tuple((token, 50.0 - raw[token]) for token in (prompt[0], *first.ids[:4]))
+        assert len(dict(bias)) == 5
+        rule = replace(start, presence_penalty=1.5, frequency_penalty=2.0, logit_bias=bias)
+        driver.open(1, prompt, rule)
+        results = [driver.run(Lane.PREFILL, Slice(1, 0, 13))]
+        for position in range(13, 23, 2):
+            for ahead in range(2):
+                driver.executor.submit(Lane.DECODE, driver.batch(Slice(1, position + ahead, 1)))
+                if driver.executor.device.depth < 2:
+                    results += driver.collect(1)
+            results += driver.collect(2) if driver.executor.device.depth > 1 else []
+        tokens = [token for result in results for token in result.tokens]
+        for place, result in enumerate(results):
+            values = dict(zip(result.scores[0].ids, result.scores[0].logprobs, strict=True))
+            for token, added in bias:
+                values[token] += added
+            for token in set(tokens[:place]):
+                values[token] -= 1.5 + 2.0 * tokens[:place].count(token)
+            assert values[tokens[place]] == pytest.approx(max(values.values()), abs=1e-4), place
+        assert len(set(tokens)) > 3
+        assert driver.run(Lane.DECODE, Slice(1, 17, 1)).tokens[0] == tokens[5]
+        driver.open(2, prompt + tokens[:6], rule)
+        assert driver.run(Lane.PREFILL, Slice(2, 0, 19)).tokens[0] == tokens[6]
+
     def test_lanes_overlap_in_time(self, driver: Driver, prompt: list[int]) -> None:
         driver.open(0, prompt)
         driver.open(1, prompt)
@@ -220,13 +299,18 @@ class ExecutorConformance(ABC):
         assert driver.run(Lane.PREFILL, Slice(0, 0, 13)).tokens == expected
 
     def test_a_death_is_repaired(self, harness: Harness, driver: Driver, prompt: list[int]) -> None:
-        driver.open(0, prompt)
+        rule = Sampling(
+            repetition_penalty=1.5, frequency_penalty=0.5, logprobs=3, prompt_logprobs=3, prompt_length=13
+        )
+        driver.open(0, prompt, rule)
+        before = driver.run(Lane.PREFILL, Slice(0, 0, 13))
         expected = driver.generate(0, prompt, 3)
-        driver.open(1, prompt)
+        driver.open(1, prompt, rule)
         driver.executor.submit(Lane.PREFILL, driver.batch(Slice(1, 0, 13)))
         harness.kill(driver.executor, Lane.PREFILL)
         result = driver.collect(1)[0]
         assert (result.error, list(result.tokens)) == (None, expected[:1])
+        assert result.scores == before.scores
         assert driver.run(Lane.DECODE, Slice(1, 13, 1)).tokens[0] == expected[1]
         assert driver.run(Lane.PREFILL, Slice(1, 14, 1)).tokens[0] == expected[2]
 

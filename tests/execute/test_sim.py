@@ -13,6 +13,7 @@ from tests.execute.fake import FakeExecutor, fake_device
 
 class SimHarness(Harness):
     slots = None
+    logits = False
 
     def make(self) -> Executor:
         return SimExecutor(fake_device(), FixedCost(2), VirtualClock())
