@@ -181,8 +181,9 @@ async def generate(
             params.min_tokens,
             plan.echoes[index] if plan.echoes else None,
             Alignment() if plan.told and params.logprobs is not None else None,
+            submit.prompt_tokens,
         )
-        for index, params in enumerate(plan.params)
+        for index, (params, submit) in enumerate(zip(plan.params, plan.submits, strict=True))
     ]
     with session.submit(plan.submits) as stream:
         async for pieces in stream:

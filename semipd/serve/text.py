@@ -55,6 +55,7 @@ class TextStream:
         min_tokens: int,
         echo: Echo | None = None,
         alignment: Alignment | None = None,
+        prompt_length: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
@@ -62,6 +63,7 @@ class TextStream:
         self._min_tokens = min_tokens
         self._echo = echo
         self._alignment = alignment
+        self._prompt_length = prompt_length
         self.produced = 0
 
     def feed(self, piece: Piece) -> Delta:
@@ -69,7 +71,7 @@ class TextStream:
         if not piece.scores and self._echo is None and self._alignment is None:
             return self._plain(piece)
         echo, self._echo = self._echo, None
-        first = max(len(piece.scores) - len(piece.tokens), 0)  # those before it are of the prompt
+        first = sum(score.position < self._prompt_length for score in piece.scores)
         prompt_scores, scores = piece.scores[:first], piece.scores[first:]
         told = self._begin(echo, prompt_scores)
         if echo is not None and echo.alone:

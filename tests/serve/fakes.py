@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from semipd.core.kv import BlockPool
 from semipd.core.partition import Static
 from semipd.core.policies import Limits, SemiPD
 from semipd.core.ports import ExecutorLost, Observer
-from semipd.core.types import Batch, Lane, Sampling, StepResult
+from semipd.core.types import Batch, Lane, Sampling, Score, Slice, StepResult
 from tests.execute.fake import FakeExecutor, reference
 
 BLOCK_SIZE = 4
@@ -105,6 +106,7 @@ class LiveFake(FakeExecutor):
         self._vocabulary = vocabulary
         self._bell = threading.Event()
         self._prompts: dict[int, int] = {}
+        self._scores: dict[int, tuple[Score, ...]] = {}  # by step
         self.killed: str | None = None
         self.fail_next = False
 
@@ -122,7 +124,9 @@ class LiveFake(FakeExecutor):
             return []
         if self.pace:
             time.sleep(self.pace)
-        results = super().wait(until)
+        results = [
+            replace(result, scores=self._scores.pop(result.step, ())) for result in super().wait(until)
+        ]
         if results and self.fail_next:
             self.fail_next = False
             lost = results[0]
@@ -141,7 +145,8 @@ class LiveFake(FakeExecutor):
     def _run(self, batch: Batch) -> tuple[int, ...]:
         super()._run(batch)
         produced = []
-        for slot, start, count, sample in batch.slices:
+        scores: list[Score] = []
+        for row, (slot, start, count, sample) in enumerate(batch.slices):
             if sample:
                 end = start + count
                 known = [self.tokens[slot][position] for position in range(end)]
@@ -152,12 +157,34 @@ class LiveFake(FakeExecutor):
                     token = (token + 1) % self._vocabulary
                 self.tokens[slot][end] = token
                 produced.append(token)
+            scores += self._score(row, batch.slices[row])
+        self._scores[batch.step] = tuple(scores)
         return tuple(produced)
+
+    def _score(self, row: int, piece: Slice) -> Iterator[Score]:
+        """Made-up scores of the tokens after these positions, where asked for."""
+        slot, start, count, sample = piece
+        rule, tokens = self.sampling[slot], self.tokens[slot]
+        for position in range(start + 1, start + count + sample):
+            produced = position == start + count and sample
+            best = rule.logprobs if produced else rule.prompt_logprobs
+            if best is not None and (produced or position < rule.prompt_length):
+                yield Score(row, position, *made_up_score(tokens[position], best, self._vocabulary))
 
     def _hash(self, known: list[int], slot: int) -> int:
         """Any token but the special ones."""
         token = reference(known, self.sampling[slot].seed) % (self._vocabulary - len(SPECIAL))
         return token + len(SPECIAL)
+
+
+def made_up_score(
+    token: int, best: int, vocabulary: int
+) -> tuple[float, tuple[int, ...], tuple[float, ...]]:
+    """Every third token is not the likeliest."""
+    first = token if token % 3 else token + 1
+    ids = tuple((first + place) % vocabulary for place in range(best))
+    numbers = tuple(-0.1 * (place + 1) - token / 1000 for place in range(best))
+    return -0.1 * (1 if token % 3 else 2) - token / 1000, ids, numbers
 
 
 def make_engine(

@@ -37,6 +37,12 @@ def one(maker: RequestMaker, ids: list[int], **params: object) -> Submit:
         ("top_p", 0.0), ("top_p", 1.5), ("top_k", 1.0), ("top_k", -2), ("min_p", -0.1), ("seed", 2**64),
         ("max_tokens", 0), ("max_tokens", True), ("min_tokens", None), ("min_tokens", 17),
         ("n", 0), ("n", None),
+        ("presence_penalty", 2.5), ("presence_penalty", None), ("frequency_penalty", float("nan")),
+        ("frequency_penalty", "1"), ("repetition_penalty", 0.0), ("repetition_penalty", 101),
+        ("logit_bias", {5: 101.0}), ("logit_bias", {5: None}), ("logit_bias", {True: 1.0}),
+        ("logit_bias", {"5": 1.0}), ("logit_bias", {-1: 1.0}), ("logit_bias", [5]), ("logit_bias", ((5,),)),
+        ("logit_bias", ((5, 1.0), (5, 2.0))), ("logit_bias", dict.fromkeys(range(301), 0.0)),
+        ("logprobs", 21), ("logprobs", True), ("prompt_logprobs", -1),
         ("stop", 5), ("stop", [""]), ("stop", ["é" * 2049]), ("stop_token_ids", [True]),
         ("stop_token_ids", "ab"), ("stop_token_ids", [None]), ("ignore_eos", 1),
     ],
@@ -61,6 +67,31 @@ def test_min_tokens_bans_every_stop_token(maker: RequestMaker) -> None:
     assert set(submit.stop_tokens) == {0, 3, 9}
     free = one(maker, [5], ignore_eos=True)
     assert free.stop_tokens == () and free.sampling.ban_tokens == ()
+
+
+def test_penalties_and_wishes_reach_the_slot(maker: RequestMaker) -> None:
+    asked = {
+        "presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.5, "logprobs": 0,
+        "logit_bias": {7: -100, 9: 2.5}, "prompt_logprobs": 3,
+    }  # fmt: skip
+    submit = one(maker, [5] * 10, n=1, **asked)
+    sampling = submit.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1.0, -0.5)
+    assert sampling.logit_bias == ((7, -100.0), (9, 2.5)) and sampling.penalises
+    assert (sampling.repetition_penalty, sampling.prompt_length) == (1.5, 10)
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (0, 3)
+    assert submit.keys == b"" and submit.salt is None, "no position of it may come from the prefix cache"
+    assert one(maker, [5] * 10, logprobs=3).keys and not one(maker, [5]).sampling.penalises
+    assert decode_down(frame(submit)[4:]) == submit
+    with pytest.raises(Refused, match="vocabulary"):
+        one(maker, [5], logit_bias={400: 1.0})
+
+
+def test_a_model_may_have_a_repetition_penalty_of_its_own(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, repetition_penalty=1.1)
+    maker = RequestMaker(read_model_folder(folder))
+    assert one(maker, [5]).sampling.repetition_penalty == 1.1
+    assert one(maker, [5], repetition_penalty=1.0).sampling.repetition_penalty == 1.0
 
 
 def test_seeds(maker: RequestMaker) -> None:
