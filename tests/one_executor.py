@@ -3,7 +3,7 @@ model is loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from semipd.build import make_policy, predictor
 from semipd.config import from_mapping
 from semipd.core.engine import Engine
 from semipd.core.kv import BlockPool
-from semipd.core.types import Event, Lane, Preempted, Request, Stepped
+from semipd.core.types import Event, Lane, Preempted, Request, Score, Scored, Stepped
 from semipd.execute.clock import MonotonicClock
 from semipd.execute.cpu import CpuExecutor
 from semipd.model.spec import load_spec
@@ -32,6 +32,7 @@ class OneModel:
         self.folder, self.dtype = folder, dtype
         self._spec, self._model = load_spec(folder), read_model_folder(folder)
         self._executors: dict[int, CpuExecutor] = {}
+        self.scores: list[list[Score]] = []  # of each prompt of the last run, by position
 
     def close(self) -> None:
         for executor in self._executors.values():
@@ -78,6 +79,7 @@ class OneModel:
         except BaseException:
             self._executors.pop(size).close()  # its steps in flight would answer the next engine
             raise
+        self.scores = [[score for one, score in _scored(events) if one is request] for request in requests]
         return [request.output for request in requests], sum(isinstance(e, Preempted) for e in events)
 
     def _executor(self, block_size: int) -> CpuExecutor:
@@ -91,6 +93,12 @@ class OneModel:
                 block_size=block_size,
             )
         return self._executors[block_size]
+
+
+def _scored(events: Sequence[Event]) -> Iterator[tuple[Request, Score]]:
+    for event in events:
+        if isinstance(event, Scored):
+            yield from zip(event.requests, event.scores, strict=True)
 
 
 def _drive(engine: Engine, requests: Sequence[Request], events: list[Event]) -> None:

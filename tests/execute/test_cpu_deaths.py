@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from semipd.core.kv import BlockPool
 from semipd.core.partition import Shared
 from semipd.core.policies import Limits, SemiPD
 from semipd.core.ports import ExecutorLost, Observer
-from semipd.core.types import Event, Lane, Request, Sampling, Slice, Split, Stepped, StepResult
+from semipd.core.types import Event, Lane, Request, Sampling, Scored, Slice, Split, Stepped, StepResult
 from semipd.execute.clock import MonotonicClock
 from semipd.execute.cores import available_cores
 from semipd.execute.cpu import CpuExecutor
@@ -210,16 +211,32 @@ class TestEngine:
 
     def serve(
         self, executor: CpuExecutor, killer: Callable[[], None], observe: Observer = lambda event: None
-    ) -> list[list[int]]:
-        """Six requests with prompts of 5 to 40 tokens; `killer` is called after every turn."""
+    ) -> tuple[list[list[int]], dict[tuple[str, int], float]]:
+        """Six requests with prompts of 5 to 40 tokens, the odd ones with penalties and scores; `killer` is
+        called after every turn. Their outputs, and log probabilities by request and position."""
+        logprobs: dict[tuple[str, int], float] = {}
+
+        def collect(event: Event) -> None:
+            observe(event)
+            if isinstance(event, Scored):
+                for request, score in zip(event.requests, event.scores, strict=True):
+                    assert (request.id, score.position) not in logprobs, "scored twice"
+                    logprobs[request.id, score.position] = score.logprob
+
         pool = BlockPool(256, 4)
         policy = SemiPD(Limits(UNITS, prefill_tokens=24, batch=4), Shared(UNITS))
         lanes = {Lane.PREFILL: pool, Lane.DECODE: pool}
         engine = Engine(
-            executor, policy, lanes, MonotonicClock(), max_sequences=4, max_length=64, observers=[observe]
+            executor, policy, lanes, MonotonicClock(), max_sequences=4, max_length=64, observers=[collect]
         )
+        rule = Sampling(repetition_penalty=1.3, frequency_penalty=0.5, logprobs=2, prompt_logprobs=1)
         requests = [
-            Request(f"r{i}", [(11 * i + 7 * j) % VOCABULARY for j in range(5 + 7 * i)], 20)
+            Request(
+                f"r{i}",
+                [(11 * i + 7 * j) % VOCABULARY for j in range(5 + 7 * i)],
+                20,
+                replace(rule, prompt_length=5 + 7 * i) if i % 2 else Sampling(),
+            )
             for i in range(6)
         ]
         for request in requests:
@@ -231,7 +248,7 @@ class TestEngine:
             killer()
         engine.check_idle()
         assert [request.error for request in requests] == [None] * 6
-        return [request.output for request in requests]
+        return [request.output for request in requests], logprobs
 
     def test_no_request_notices_the_deaths_of_workers(self, lasting: CpuExecutor) -> None:
         """Kill a worker at every seventh turn, in mid-step and at rest: the tokens are the same. But never
@@ -253,6 +270,9 @@ class TestEngine:
                     victims.append(pid)
                     unharmed.discard(lane)
 
-        expected = self.serve(lasting, lambda: None)
-        assert self.serve(lasting, kill, observe) == expected
+        expected, logprobs = self.serve(lasting, lambda: None)
+        outputs, found = self.serve(lasting, kill, observe)
+        assert outputs == expected
+        assert len(logprobs) == sum(4 + 7 * i + 20 for i in (1, 3, 5))
+        assert found == pytest.approx(logprobs, abs=1e-4)
         assert len(victims) > 3
