@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from semipd.core.batching import decode_slices, next_prefill, prefill_slices
+from semipd.core.correction import Correction
 from semipd.core.lengths import LengthPredictor
 from semipd.core.live import Live
 from semipd.core.order import Order, PromptWork
@@ -28,13 +29,12 @@ from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
 
-MISS = 20.0  # seconds of latency that one missed target is worth
-LATER = 0.4  # of that at most, for prompts yet to come: as far as recent ones were late
+MISS = 40.0  # seconds of latency that one missed target is worth
+LATER = 3.0  # times that at most, for prompts yet to come: as far as recent ones were late
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 FORESEEN = 24  # prompts looked at one by one
 STREAM_GROUPS = 4  # decoding requests are scored in this many groups
 STALE = 6  # plans for which the groups may stay as they are
-LEARNING = 0.05  # weight of the newest step in the correction of the cost model
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 
 
@@ -55,6 +55,14 @@ class Prompt(NamedTuple):
     work: float
     left: float
     soon: float
+
+
+class Queue(NamedTuple):
+    """work: the sum of theirs. bearable: how much slower than on the whole device no prompt may be late."""
+
+    prompts: list[Prompt]
+    work: float
+    bearable: float
 
 
 class Group(NamedTuple):
@@ -87,48 +95,25 @@ class Auto:
         self._soon = (1.0 - MARGIN) * targets["default"].ttft  # what a prompt yet to come should not exceed
         self._lengths = LengthPredictor()
         self._lateness = Lateness(targets, MARGIN)
-        self._log_ratio = dict.fromkeys(Lane, 0.0)  # observed over predicted seconds, smoothed
-        self._slowness = dict.fromkeys(Lane, 1.0)  # its exponential
-        self._ratios = (0, 0)  # in the keys of tables
-        self._running: dict[Lane, tuple[Work, float, float]] = {}  # work, launched at, predicted seconds
-        self._predicted: dict[int, float] = {}
+        self._correction = Correction(cost)
         self._tables: dict[tuple[int, ...], list[Way]] = {}
         self._groups: list[Group] = []
         self._groups_of, self._groups_age = -1, 0
-        self._present: tuple[int, ...] | None = None
+        self._present: tuple[int, ...] | None = None  # the way chosen last
+        self._held = (0, 0)  # units of the last plan
 
     def __call__(self, event: Event) -> None:
         """Observe: correct the cost model by every step, learn how long outputs are."""
-        if isinstance(event, Launched):
-            lane, units = event.lane, event.split.units
-            beside = next((run[0] for other, run in self._running.items() if other is not lane), None)
-            mine = max(units.get(lane, 0), 1)
-            seconds = self._cost.seconds(event.work, mine, beside, max(sum(units.values()) - mine, 0))
-            self._predicted[event.batch.step] = seconds
-            self._running[lane] = (event.work, event.now, seconds)
-        elif isinstance(event, Stepped):
-            result = event.result
-            self._running.pop(result.lane, None)
-            seconds = self._predicted.pop(result.step, 0.0)
-            observed = result.finished - result.started
-            if result.error is None and result.attempts == 1 and min(seconds, observed) > 0.0:
-                self._learn(result.lane, max(-1.5, min(math.log(observed / seconds), 1.5)))
+        if isinstance(event, (Launched, Stepped)):
+            self._correction(event)
+            self._work.slowness = self._correction.slowness[Lane.PREFILL]
         else:
             self._lengths(event)
             self._lateness(event)
 
-    def _learn(self, lane: Lane, news: float) -> None:
-        ratios = self._log_ratio
-        ratios[lane] += LEARNING * (news - ratios[lane])
-        self._slowness[lane] = math.exp(ratios[lane])
-        self._work.slowness = self._slowness[Lane.PREFILL]
-        self._ratios = (round(6 * ratios[Lane.PREFILL]), round(6 * ratios[Lane.DECODE]))
-
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
         units = self._device.units
-        run = self._running.get(Lane.PREFILL)
-        done = (now - run[1]) / max(run[2] * self._slowness[Lane.PREFILL], 1e-9) if run else 0.0
-        self._work.step_left = max(1.0 - done, 0.05)  # as predicted; never quite nothing
+        self._work.step_left = self._correction.step_left(Lane.PREFILL, now)
         order = self.limits.order_at(now)
         prompts = self._prompts(live, order, now)
         if not prompts and not live.busy(Lane.PREFILL):
@@ -160,52 +145,63 @@ class Auto:
             slices[Lane.DECODE] = decode_slices(live, kv[Lane.DECODE], limits.batch)
         prefill = bool(slices.get(Lane.PREFILL)) or live.busy(Lane.PREFILL)
         if prefill and (slices.get(Lane.DECODE) or live.busy(Lane.DECODE)):
-            return Plan(Split.pair(way.prefill or units, way.decode or units, units), slices)
-        return Plan(Split.lone(Lane.PREFILL if prefill else Lane.DECODE, units), slices)
+            split = Split.pair(way.prefill or units, way.decode or units, units)
+        else:
+            split = Split.lone(Lane.PREFILL if prefill else Lane.DECODE, units)
+        self._held = (split.of(Lane.PREFILL), split.of(Lane.DECODE))
+        return Plan(split, slices)
 
     def _choose(self, live: Live, prompts: list[Prompt], groups: list[Group]) -> Way:
         table = self._table(live)
-        present, alone = self._present, table[-1].step
+        queue = Queue(
+            prompts,
+            sum(prompt.work for prompt in prompts),
+            min((prompt.soon / prompt.work for prompt in prompts), default=math.inf),
+        )
+        present, held, alone = self._present, self._held, table[-1].step
         switch = self._device.switch_seconds * len(live)
         best, least = table[0], math.inf
         top = max(way.rate for way in table if way.step < math.inf)
         for way in table:
-            score = self._score(way, prompts, groups, alone, top)
+            score = self._score(way, queue, groups, alone, top)
+            score += switch * ((way[:2] != held) + (way.prefill > 0))  # now, and back to decode alone
             if way[:3] == present:
                 score -= STICK * abs(score)
-            else:
-                score += switch
             if score < least:
                 best, least = way, score
         self._present = best[:3]
         return best
 
-    def _score(
-        self, way: Way, prompts: list[Prompt], groups: list[Group], alone: float, top: float
-    ) -> float:
-        """alone: a decode step once the prompts are done. top: the best rate that does not hold decode.
-        Prompts that arrive before the present ones are done wait as well, may be late, and lengthen the
-        busy period as in an M/G/1 queue: work / (rate - load)."""
+    def _score(self, way: Way, queue: Queue, groups: list[Group], alone: float, top: float) -> float:
+        """alone: a decode step without prompts. top: the best rate that does not hold decode. Prompts that
+        arrive before the present ones are done wait as well, may be late, and lengthen the busy period as
+        in an M/G/1 queue: work / (rate - load). Later ones come as well, so that decode then goes on at the
+        way's mean pace: prompts are there for load / rate of the time."""
         _, _, _, rate, step = way
-        total = misses = wait = 0.0
+        prompts, load = queue.prompts, self._work.load
+        misses = wait = 0.0
         if not rate:
             wait = step * max(group.remaining for group in groups)  # until the streams have ended
             rate = top
         slowness, kept = 1.0 / rate, min(rate, top)
-        for work, left, soon in prompts:
-            total += (first := wait + work * slowness)
-            if first > soon:
-                misses += _miss(first, left)
+        if wait or slowness > queue.bearable:
+            for work, left, soon in prompts:
+                if (first := wait + work * slowness) > soon:
+                    misses += _miss(first, left)
         backlog = prompts[-1].work if prompts else 0.0
-        busy = wait + backlog / max(kept - self._work.load, 0.05 * kept)
+        busy = wait + backlog / max(kept - load, 0.05 * kept)
         found = self._work.arrivals * busy  # arrive meanwhile, and find half of what is waiting now
-        total += found * (behind := 0.5 * (wait + backlog * slowness))
-        misses += LATER * self._lateness.pressure * found * self._work.tail(self._soon - behind, kept)
-        done = busy / step if 0.0 < step < math.inf else 0.0
+        behind = 0.5 * (wait + backlog * slowness)
+        total = len(prompts) * wait + queue.work * slowness + found * behind
+        if pressure := LATER * self._lateness.pressure:
+            misses += pressure * found * self._work.tail(self._soon - behind, kept)
+        share = min(load / kept, 0.95)
+        rest = 1.0 / (share / step + (1.0 - share) / alone)
+        done = busy / step
         for size, remaining, allowance, soon in groups:
             last = remaining * step
-            if last > busy:  # the rest goes on without prompts
-                last = busy + (remaining - done) * alone
+            if last > busy:
+                last = busy + (remaining - done) * rest
             total += size * last
             if last > soon:
                 misses += size * _miss(last, allowance)
@@ -259,7 +255,7 @@ class Auto:
         start, tokens = next_prefill(live, self.limits.prefill_tokens)
         # Equal for values within about 9%.
         features = [round(8.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start)]
-        key = (*features, prefilling, decoding, *self._ratios)
+        key = (*features, prefilling, decoding, *self._correction.level)
         table = self._tables.get(key)
         if table is None:
             self._tables = self._tables if len(self._tables) < 2048 else {}
@@ -275,7 +271,8 @@ class Auto:
         """Every candidate for this decode batch beside a prefill step. A lane with a step in flight
         (prefilling, decoding) must not be left without units."""
         units, seconds = self._device.units, self._cost.seconds
-        slow_first, slow_next = self._slowness[Lane.PREFILL], self._slowness[Lane.DECODE]
+        slowness = self._correction.slowness
+        slow_first, slow_next = slowness[Lane.PREFILL], slowness[Lane.DECODE]
         prompt = Work.of((Slice(0, start, tokens),))
         whole = seconds(prompt, units) * slow_first
         ways = [] if decoding else [Way(units, 0, 0, 1.0, math.inf)]

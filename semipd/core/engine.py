@@ -153,7 +153,7 @@ class Engine:
         """Ask the policy until it has nothing more to launch."""
         live, depth = self.live, self.executor.device.depth
         while len(live):
-            idle = frozenset(lane for lane, steps in live.flights.items() if len(steps) < depth)
+            idle = live.lanes_with_room(depth)
             if not idle:
                 return
             plan = self._policy.plan(idle, live, self.kv, self.clock.now())
@@ -204,8 +204,7 @@ class Engine:
         self._emit(Launched(now, lane, batch, split, work))
 
     def _apply(self, result: StepResult) -> None:
-        flight = self.live.flights[result.lane].popleft()
-        assert flight.batch.step == result.step, "a lane returned its steps out of order"
+        flight = self.live.land(result)
         self._emit(Stepped(result, flight.work, flight.split))
         now = self.clock.now()
         tokens = iter(result.tokens)

@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from semipd.core.types import Batch, Lane, Request, Split, Stage, Work
+from semipd.core.types import Batch, Lane, Request, Split, Stage, StepResult, Work
+
+LONG_STEP = 0.02  # seconds; waiting for the planner after such a step costs about a hundredth of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Live:
         self.transferring: dict[Request, None] = {}
         self.decoding: dict[Request, None] = {}
         self.flights: dict[Lane, deque[Flight]] = {lane: deque() for lane in lanes}
+        self._took = dict.fromkeys(lanes, 0.0)  # seconds of the last step
         self.by_slot: dict[int, Request] = {}
         self.closed_slots: list[int] = []  # to be told to the executor before the next submit
         self.preempted: list[Request] = []  # since the engine last looked
@@ -54,6 +57,24 @@ class Live:
     def busy(self, lane: Lane) -> bool:
         """Whether any step is in flight on the lane."""
         return bool(self.flights[lane])
+
+    def lanes_with_room(self, depth: int) -> frozenset[Lane]:
+        """Lanes that can take a step now: those without one, or with fewer than `depth`. No step is planned
+        ahead of a long one while prompts are on their way: whoever ends his prompt during the long one
+        would miss the next one, too."""
+        prompts = bool(self.prefilling or self.transferring)
+        return frozenset(
+            lane
+            for lane, flights in self.flights.items()
+            if len(flights) < (1 if prompts and self._took[lane] > LONG_STEP else depth)
+        )
+
+    def land(self, result: StepResult) -> Flight:
+        """The flight that came back, the oldest of its lane."""
+        flight = self.flights[result.lane].popleft()
+        assert flight.batch.step == result.step, "a lane returned its steps out of order"
+        self._took[result.lane] = result.finished - result.started
+        return flight
 
     @property
     def in_flight(self) -> int:

@@ -120,7 +120,7 @@ def test_a_wrong_cost_model_is_corrected_by_what_is_observed(truth: float) -> No
     for _ in range(6):
         rig.add(3000, 1)
     rig.run()
-    assert rig.auto._slowness[Lane.DECODE] == pytest.approx(truth, rel=0.25)
+    assert rig.auto._correction.slowness[Lane.DECODE] == pytest.approx(truth, rel=0.25)
     for request in rig.requests[:8]:
         assert (request.last_token_at - request.first_token_at) / 299 <= 0.012
 

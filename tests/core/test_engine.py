@@ -285,3 +285,21 @@ def test_events_tell_each_request_once() -> None:
     stepped = [e.result.step for e in bench.events if isinstance(e, Stepped)]
     assert sorted(launched) == sorted(stepped) == list(range(1, len(launched) + 1))
     assert isinstance(bench.events[0], Event)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_step_is_planned_ahead_of_short_ones_only_while_prompts_are_on_their_way(
+    long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ends a prompt during a long step joins the next one."""
+    monkeypatch.setattr("semipd.core.live.LONG_STEP", 0.0 if long else 1e9)
+    bench, most = Bench("static"), 0
+    bench.engine.add(make_request("a", [1] * 8, 40))
+    for turn in range(60):
+        bench.engine.step(bench.executor.clock.now() + 1.0)
+        if turn == 4:
+            bench.engine.add(make_request("b", [2] * 200, 2))
+        if turn > 6 and bench.engine.live.prefilling:  # what was in flight when it came has landed
+            most = max(most, len(bench.engine.live.flights[Lane.DECODE]))
+    bench.run()
+    assert most == (1 if long else 2)
