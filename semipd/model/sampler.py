@@ -88,9 +88,8 @@ def adjust(logits: np.ndarray, rule: Adjustment) -> None:
     """Apply penalties and biases to one row, float32 [vocabulary], in place. Touches the sequence's own
     tokens and the biased ones alone."""
     if rule.repetition != 1.0:
-        tokens = np.unique(rule.seen)
-        values = logits[tokens]
-        logits[tokens] = np.where(values > 0.0, values / rule.repetition, values * rule.repetition)
+        values = logits[rule.seen]  # a token's every occurrence gets the same value: no need to sort them
+        logits[rule.seen] = np.where(values > 0.0, values / rule.repetition, values * rule.repetition)
     if rule.presence or rule.frequency:
         tokens, counts = np.unique(rule.seen[rule.prompt_length :], return_counts=True)
         logits[tokens] -= rule.frequency * counts.astype(np.float32) + rule.presence

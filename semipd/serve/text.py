@@ -75,7 +75,7 @@ class TextStream:
         prompt_scores, scores = piece.scores[:first], piece.scores[first:]
         told = self._begin(echo, prompt_scores)
         if echo is not None and echo.alone:
-            delta = Delta(piece.index, "", [], "length")
+            delta = Delta(piece.index, "", [], "length", piece.cached_tokens)
         else:
             if self._alignment is not None:
                 self._alignment.scores += scores

@@ -16,10 +16,11 @@ import pytest
 
 from semipd.core.errors import ConfigError
 from semipd.core.ports import Executor, ExecutorLost
-from semipd.core.types import Lane, Slice, Split
+from semipd.core.types import Lane, Sampling, Slice, Split
 from semipd.execute.cores import available_cores
 from semipd.execute.cpu import CpuExecutor
 from semipd.execute.launch import environment
+from semipd.execute.wire import cut_scores
 from tests.checkpoints import VOCABULARY
 from tests.execute.conformance import Driver, ExecutorConformance, Harness
 from tests.execute.cpu_tools import (
@@ -55,6 +56,19 @@ class TestCpuExecutor(ExecutorConformance):
     @pytest.fixture
     def harness(self, checkpoint: Path) -> Harness:
         return CpuHarness(checkpoint)
+
+
+def test_scores_of_a_step_may_take_several_packets(lasting: CpuExecutor) -> None:
+    """Those of a long prompt do not fit into one."""
+    driver, prompt = Driver(lasting, 4), [(5 * i + 1) % VOCABULARY for i in range(60)]
+    most = Sampling(prompt_logprobs=VOCABULARY, logprobs=VOCABULARY, prompt_length=60)
+    driver.open(0, prompt, most)
+    driver.open(1, prompt)
+    whole = driver.run(Lane.PREFILL, Slice(0, 0, 60), Slice(1, 0, 30, False))
+    assert len(cut_scores(whole.scores)) > 2
+    assert [score.position for score in whole.scores] == list(range(1, 61))
+    assert all(sorted(score.ids) == list(range(VOCABULARY)) for score in whole.scores)
+    assert len(whole.tokens) == 1 and driver.run(Lane.PREFILL, Slice(0, 0, 60)).tokens == whole.tokens
 
 
 class TestProcesses:
