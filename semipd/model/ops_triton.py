@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,11 +17,25 @@ from semipd.model.ops import TILE, DeviceStep, Heads, Outline
 
 PROGRAMS_PER_UNIT = 16  # decode splits contexts until there are about this many programs per SM
 MOST_SPLITS = 64
-DECODE_BLOCK = 64  # positions per iteration
-DECODE_OPTIONS = {"num_warps": 4, "num_stages": 3}
-PREFILL_OPTIONS = {"num_warps": 8, "num_stages": 2}
 HOPPER_SHARED = 200 * 1024  # bytes of shared memory that a program has there, and on nothing older
 _LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one of attention's kernels works: positions per iteration, warps, iterations in flight."""
+
+    block: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """For a launch."""
+        return {"BLOCK_N": self.block, "num_warps": self.warps, "num_stages": self.stages}
+
+
+DECODE_TILE = Tile(64, 4, 3)
 
 
 class TritonOps:
@@ -32,7 +47,14 @@ class TritonOps:
 
     def __init__(self, device: torch.device, rows: int, heads: Heads, units: int) -> None:
         self._cast = os.environ.get("TRITON_INTERPRET") == "1"
-        self._shared = shared_memory(device)
+        shared, dtypes = shared_memory(device), (torch.float32, torch.float16, torch.bfloat16)
+        # By dtype and whether there is a window. Benchmarks put others here.
+        self.prefill_tiles = {
+            (dtype, windowed): prefill_tile(heads.dim, dtype, windowed, shared)
+            for dtype in dtypes
+            for windowed in (False, True)
+        }
+        self.decode_tile = DECODE_TILE
         self._units = units  # the scratch memory below is enough for this many, and no more
         cells = max(count * decode_splits(count, heads.kv, units) for count in range(1, rows + 1))
         self._sums = torch.empty(cells * heads.query * heads.dim, dtype=torch.float32, device=device)
@@ -142,10 +164,10 @@ class TritonOps:
         scale = _LOG2_E / math.sqrt(heads.dim)
         strides = (step.tables.stride(0), layer.stride(0), layer.stride(1))
         if tiles := step.tiles.shape[0]:
-            columns = prefill_block(heads.dim, layer.dtype, window is not None, self._shared)
+            tile = self.prefill_tiles[layer.dtype, window is not None]
             attention.prefill_kernel[(heads.query, tiles)](
                 out, qkv, layer, step.tables, step.tiles, scale, window or 0, *strides,
-                BLOCK_M=TILE, BLOCK_N=columns, **PREFILL_OPTIONS, **shape,
+                BLOCK_M=TILE, **tile.constants, **shape,
             )  # fmt: skip
         if count := step.singles.shape[0]:
             splits = decode_splits(count, heads.kv, min(units, self._units))
@@ -154,7 +176,7 @@ class TritonOps:
                 out, *scratch, qkv, layer, step.tables, step.singles, step.row_slots, step.positions,
                 scale, window or 0, *strides,
                 GROUP_BLOCK=max(triton.next_power_of_2(heads.query // heads.kv), 16),
-                BLOCK_N=DECODE_BLOCK, SPLITS=splits, **DECODE_OPTIONS, **shape,
+                SPLITS=splits, **self.decode_tile.constants, **shape,
             )  # fmt: skip
             if splits > 1:
                 attention.reduce_kernel[(count, heads.query)](
@@ -169,12 +191,12 @@ class TritonOps:
         layers.gated_kernel[(rows, triton.cdiv(width, block))](out, gate_up, WIDTH=width, BLOCK=block)
 
 
-def prefill_block(dim: int, dtype: torch.dtype, windowed: bool, shared: int) -> int:
-    """Positions per iteration of prefill's kernel: as many as the registers of a thread hold, by what the
-    compiler reports. shared: bytes of shared memory that a program may have."""
+def prefill_tile(dim: int, dtype: torch.dtype, windowed: bool, shared: int) -> Tile:
+    """As many positions per iteration as the registers of a thread hold, by what the compiler reports.
+    shared: bytes of shared memory that a program may have."""
     if dim > 128 or dtype == torch.float32:
-        return 32
-    return 128 if shared >= HOPPER_SHARED and not windowed else 64
+        return Tile(32, 8, 2)
+    return Tile(128 if shared >= HOPPER_SHARED and not windowed else 64, 8, 2)
 
 
 def shared_memory(device: torch.device) -> int:

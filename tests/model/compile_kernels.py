@@ -84,12 +84,16 @@ class Compiler:
         width = max(triton.next_power_of_2(dim), 16)
         shape = {"QUERY": query, "KV": kv, "DIM": dim, "DIM_BLOCK": width, "BLOCK_SIZE": 16}
         shape |= {"WINDOWED": windowed, "CAST": False}
-        columns = ops_triton.prefill_block(dim, DTYPES[dtype], windowed, self.shared)
-        tile = {**shape, "BLOCK_M": TILE, "BLOCK_N": columns}
-        self.report(attention.prefill_kernel, dtype, tile, **ops_triton.PREFILL_OPTIONS)
+        prefill = ops_triton.prefill_tile(dim, DTYPES[dtype], windowed, self.shared)
+        tile = {**shape, "BLOCK_M": TILE}
+        self.tiled(attention.prefill_kernel, dtype, tile, prefill)
         group = max(triton.next_power_of_2(query // kv), 16)
-        part = {**shape, "GROUP_BLOCK": group, "BLOCK_N": ops_triton.DECODE_BLOCK, "SPLITS": splits}
-        self.report(attention.decode_kernel, dtype, part, **ops_triton.DECODE_OPTIONS)
+        part = {**shape, "GROUP_BLOCK": group, "SPLITS": splits}
+        self.tiled(attention.decode_kernel, dtype, part, ops_triton.DECODE_TILE)
+
+    def tiled(self, kernel: Any, dtype: str, constants: dict[str, Any], tile: ops_triton.Tile) -> None:
+        block = {**constants, "BLOCK_N": tile.block}
+        self.report(kernel, dtype, block, num_warps=tile.warps, num_stages=tile.stages)
 
     def rest(self, dtype: str, normed: bool, half: str = "i32") -> None:
         """All others, in the shape of an 8B model."""
