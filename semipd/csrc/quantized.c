@@ -7,7 +7,7 @@
 #include "quantized.h"
 #include "simd.h"
 
-enum { ROWS = 32, FEW_ROWS = 8, BLOCK = 256 }; /* at most FEW_ROWS go without tiles */
+enum { ROWS = 32, FEW_4 = 12, FEW_8 = 8, BLOCK = 256 }; /* at most FEW_4 and FEW_8 rows go without tiles */
 
 static void multiply_block(const Quantized *q, const Rows8 *x, int64_t first_row, int64_t last_row,
                            int64_t first, int64_t last, uint8_t *wide, int few, uint16_t *out,
@@ -25,7 +25,7 @@ static void multiply_block(const Quantized *q, const Rows8 *x, int64_t first_row
 
 void quantized_in_team(const Quantized *q, const uint16_t *x, int64_t x_stride, int64_t rows, uint16_t *out,
                        int64_t out_stride, uint8_t *scratch) {
-    int64_t inputs = q->inputs, groups = inputs / q->group, pairs = q->outline.pairs, few = rows <= FEW_ROWS;
+    int64_t inputs = q->inputs, groups = inputs / q->group, pairs = q->outline.pairs, few = rows <= (q->bits == 4 ? FEW_4 : FEW_8);
     float *scale = (float *)scratch;
     int32_t *sum = (int32_t *)(scale + rows * groups);
     int8_t *values = (int8_t *)(sum + rows * groups);
