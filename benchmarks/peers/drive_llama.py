@@ -1,7 +1,7 @@
 """Driver of llama.cpp's batched core.
 
 Settings: {"file": GGUF, "threads": 2, "sequences": 16, "length": 2048, "batch": 2048,
-"unified": false, "extra": true}.
+"unified": false, "quantized": false}.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
 from benchmarks.peers.checkpoint import write_checkpoint
 from benchmarks.peers.worker import HERE, ROOT, Launch, PeerFailed
 
@@ -101,7 +100,7 @@ class Engines:
                 "tokens": KV_TOKENS // 2,
             }
         else:
-            settings = self.llama(name, shape, 2048)
+            settings = self.llama(name, shape, 2048, unified=False)
         command = [python, str(HERE / f"drive_{family}.py"), json.dumps(settings)]
         return Launch(command, self.environment(name))
 
@@ -115,16 +114,16 @@ class Engines:
             **_QUANTIZED[base],
         }
 
-    def llama(self, name: str, shape: str, batch: int) -> dict[str, Any]:
+    def llama(self, name: str, shape: str, batch: int, unified: bool) -> dict[str, Any]:
+        """unified: mixed batches run in one pass; otherwise attention reads each sequence's part alone."""
         return {
             "file": str(self.gguf(name, shape)),
             "threads": len(self.cores_of(name)),
             "sequences": LLAMA_SEQUENCES,
             "length": LENGTH,
             "batch": batch,
-            "unified": False,
-            # 0.3.36 ends with a protection fault at ldtilecfg when quantised weights are packed for AMX.
-            "extra": name.startswith("llama-bf16") or not describe()["amx"],
+            "unified": unified,
+            "quantized": not name.startswith("llama-bf16"),
         }
 
     def environment(self, name: str) -> dict[str, str | None]:

@@ -73,15 +73,26 @@ class Batch:
 class Core:
     """A model, a cache for `sequences` of `length` tokens, and steps of at most `batch` tokens.
 
-    unified: one cache for all sequences instead of a part for each. extra: pack weights for this CPU."""
+    unified: one cache for all sequences instead of a part for each. Parts save work in attention, but only
+    sequences in neighbouring parts, and only equally many tokens of each, are computed together.
+    quantized: whether the file is."""
 
     def __init__(
-        self, file: str, threads: int, sequences: int, length: int, batch: int, unified: bool, extra: bool
+        self,
+        file: str,
+        threads: int,
+        sequences: int,
+        length: int,
+        batch: int,
+        unified: bool,
+        quantized: bool,
     ) -> None:
         llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         loading = llama_cpp.llama_model_default_params()
-        loading.use_extra_bufts = extra
+        # Pack weights for this CPU; but 0.3.36, built with AMX, ends with a protection fault at ldtilecfg
+        # when it packs quantised ones.
+        loading.use_extra_bufts = not (quantized and built_with_amx())
         model = llama_cpp.llama_model_load_from_file(file.encode(), loading)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = sequences * length, sequences
@@ -96,7 +107,7 @@ class Core:
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.batch = Batch(settings.n_batch)
-        self.free = list(range(sequences))
+        self.free = list(range(sequences))[::-1]  # the lowest is taken first
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -113,6 +124,7 @@ class Core:
             sequence = self.waiting.popleft()
             sequence.slot = self.free.pop()
             self.running.append(sequence)
+            self.running.sort(key=lambda s: s.slot)
         self.batch.count = 0
         ready = [(s, self.batch.count - 1) for s in self._decoding() if self.batch.put(s, 1)]
         for sequence in self.running:
@@ -134,5 +146,11 @@ class Core:
         if not sequence.left:
             self.running.remove(sequence)
             llama_cpp.llama_memory_seq_rm(self.memory, sequence.slot, -1, -1)
-            self.free.append(sequence.slot)
+            self.free = sorted([*self.free, sequence.slot], reverse=True)
         return sequence.key, token, not sequence.left
+
+
+def built_with_amx() -> bool:
+    """Whether the library uses matrix units; without GGML_NATIVE=OFF a build takes what it finds."""
+    info: bytes = llama_cpp.llama_print_system_info()
+    return b"AMX_INT8 = 1" in info

@@ -47,7 +47,7 @@ def server(
         command += ["--max-num-seqs", "64" if not knobs else "16"]
         command += ["--enforce-eager"] if name.startswith("vllm-eager") else []
     elif family == "llama":
-        settings = json.dumps(engines.llama(name, shape, 2048) | {"length": length})
+        settings = json.dumps(engines.llama(name, shape, 2048, unified=True) | {"length": length})
         command = [engines.python(name), str(HERE / "serve_llama.py"), settings]
     else:
         raise PeerFailed(f"{name} is not run as a server here")
