@@ -20,6 +20,8 @@ def prepare() -> str | None:
                 archive.extractall(unpacked)
         sys.path.insert(0, unpacked)
         importlib.invalidate_caches()
+    # Read when the driver starts, which the question below may do; `CudaBackend` would set it too late.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     try:
         import torch
     except ImportError:

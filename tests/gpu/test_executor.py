@@ -28,6 +28,18 @@ from tests.execute.conformance import Driver, ExecutorConformance, Harness
 
 PROMPTS = [[(11 * i * i + 5 * i + seed) % VOCABULARY for i in range(20 + 37 * seed)] for seed in range(8)]
 TOKENS = 24
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU: `dry_run` runs these there
+LONG = 8192  # tokens of a prompt that takes a while
+WIDE = {  # 0.4 billion random parameters, whose steps take long enough to meddle with
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 16384,
+    "initializer_range": 0.02,
+}
 
 
 def make(folder: Path, dtype: str = "float32", graph_sides: int = 2, **shape: Any) -> CudaExecutor:
@@ -67,6 +79,10 @@ class GpuHarness(Harness):
     def make(self) -> Executor:
         return make(self._folder, graph_sides=self._graph_sides, block_size=4, slots=4, max_length=64)
 
+    def now(self, executor: Executor) -> float:
+        assert isinstance(executor, CudaExecutor)
+        return executor._backend.now()
+
 
 class TestConformanceWithGraphs(ExecutorConformance):
     @pytest.fixture
@@ -86,15 +102,17 @@ def reference(folder: Path, dtype: torch.dtype) -> tuple[list[list[int]], list[n
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager"
-    ).to("cuda")
+    ).to(DEVICE)
+    # Neither stops at nor bans a token, and hides no position that holds the one for padding.
+    model.generation_config = transformers.GenerationConfig()
     tokens, gaps = [], []
     for prompt in PROMPTS:
+        ids = torch.tensor([prompt], device=DEVICE)
         made = model.generate(
-            torch.tensor([prompt], device="cuda"),
+            ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
             do_sample=False,
-            eos_token_id=None,
             output_logits=True,
             return_dict_in_generate=True,
             pad_token_id=0,
@@ -146,21 +164,8 @@ def test_every_policy_gives_the_same_tokens(checkpoint: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaExecutor]:
-    """A model of 0.4 billion random parameters, whose steps take long enough to meddle with."""
-    folder = make_checkpoint(
-        tmp_path_factory.mktemp("wide"),
-        "llama",
-        dtype="bfloat16",
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=16384,
-        initializer_range=0.02,
-    )
-    executor = make(folder, "bfloat16", 3, max_length=16384, blocks=4096, most_rows=8192)
+    folder = make_checkpoint(tmp_path_factory.mktemp("wide"), "llama", dtype="bfloat16", **WIDE)
+    executor = make(folder, "bfloat16", 3, max_length=2 * LONG, blocks=LONG // 2, most_rows=LONG)
     yield executor
     executor.close()
 
@@ -171,10 +176,10 @@ def wait_idle(executor: CudaExecutor) -> None:
 
 
 def test_switching_under_load_changes_no_token(wide: CudaExecutor) -> None:
-    """Splits change at every decode step beside a prompt of 8,192 tokens; a switch costs little."""
+    """Splits change at every decode step beside a long prompt; a switch costs little."""
     driver = Driver(wide, 16)
     units = wide.device.units
-    prompt = [(7 * i + 3) % VOCABULARY for i in range(8192)]
+    prompt = [(7 * i + 3) % VOCABULARY for i in range(LONG)]
     driver.open(0, prompt[:500])
     expected = driver.generate(0, prompt[:500], 40)
     driver.open(1, prompt[:500])
@@ -182,7 +187,7 @@ def test_switching_under_load_changes_no_token(wide: CudaExecutor) -> None:
     produced = list(driver.run(Lane.PREFILL, Slice(1, 0, 500)).tokens)
     splits = [Split.pair(p, d, units) for p, d in wide.device.legal_splits] or [Split.pair(1, 1, units)]
     switches = []
-    wide.submit(Lane.PREFILL, driver.batch(Slice(2, 0, 8192)))
+    wide.submit(Lane.PREFILL, driver.batch(Slice(2, 0, LONG)))
     for step in range(39):
         begin = time.perf_counter()
         wide.resize(splits[(5 * step) % len(splits)])
@@ -205,12 +210,12 @@ def test_decode_goes_on_beside_a_long_prompt(wide: CudaExecutor) -> None:
     if not wide.device.legal_splits:
         pytest.skip("this card or driver cannot be partitioned")
     wide.resize(Split.pair(*wide.device.legal_splits[len(wide.device.legal_splits) // 2], units))
-    prompt = [(7 * i + 3) % VOCABULARY for i in range(8192)]
+    prompt = [(7 * i + 3) % VOCABULARY for i in range(LONG)]
     driver.open(3, prompt[:100])
     driver.run(Lane.PREFILL, Slice(3, 0, 100))
     driver.open(4, prompt)
     gaps, prompt_seconds, position = [], 0.0, 100
-    wide.submit(Lane.PREFILL, driver.batch(Slice(4, 0, 8192)))
+    wide.submit(Lane.PREFILL, driver.batch(Slice(4, 0, LONG)))
     while not prompt_seconds:
         begin = time.perf_counter()
         wide.submit(Lane.DECODE, driver.batch(Slice(3, position, 1)))
@@ -232,10 +237,10 @@ def test_sampling_is_the_cpu_s_rule() -> None:
     logits = torch.randn(64, 32000, generator=torch.Generator().manual_seed(2)) * 3
     one, other = rules(64, top_k=50, top_p=0.9, min_p=0.01, banned=(1, 2), ban_until=20)
     moved = {
-        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
         for name, value in vars(other).items()
     }
-    found = sample_on_device(logits.cuda(), DeviceRules(**moved)).tolist()
+    found = sample_on_device(logits.to(DEVICE), DeviceRules(**moved)).tolist()
     agree = sum(a == b for a, b in zip(found, sample(logits.clone(), one), strict=True))
     assert agree >= 63, "a draw within rounding of a boundary may differ, no more"
 
