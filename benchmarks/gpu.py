@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # what a bare machine imports must come after `prepare`
 
 PARTS = ("steps", "kernels", "tiles", "offline", "transformers", "profile", "mixed", "predicted")
 USUAL = ("steps", "offline", "profile", "mixed", "predicted")
-BUDGET = 500.0  # seconds from the start after which nothing more is begun
+BUDGET = 480.0  # seconds from the start after which nothing more is begun
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Scale:
     outputs: int = 1000
     ttft: float = 1.0
     tpot: float = 0.04
-    profile: float = 100.0
+    profile: float = 70.0
     graph_sides: int = 6
 
 
@@ -194,8 +194,8 @@ def main(
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(USUAL), metavar="PART")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--rate", type=float, default=12.0, help="requests per second of the mixed load")
-    parser.add_argument("--seconds", type=float, default=15.0, help="length of the mixed load")
+    parser.add_argument("--rate", type=float, default=20.0, help="requests per second of the mixed load")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the mixed load")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     begin = time.monotonic()

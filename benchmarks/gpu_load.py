@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 OFFLINE_TARGET, PEER_TARGET = 8000.0, 2.0
 ITL_TARGET, GOODPUT_TARGET, AGREEMENT = 2.0, 1.3, 0.15
 GOAL = 0.9  # share of requests that meet both targets
-STRIDE = 1.25  # between the rates at which goodput is looked for
+STRIDE = 1.2  # between the rates at which goodput is looked for
 MOST_RATES = 6
+DRAIN = 6.0  # seconds that the last arrivals are given
+LAST = 40.0  # seconds kept for what comes after the loads
 AGED = 120.0  # seconds after which an offline run is given up
 
 Load = list[tuple[float, list[int], int]]
@@ -61,10 +63,9 @@ def run_offline(setup: Setup, size: tuple[int, int, int] | None = None) -> dict[
 
     units = setup.executor.device.units
     limits = Limits(units, batch=setup.scale.slots - 2), Limits(units, batch=setup.scale.slots - 2)
-    policies = {
-        "prefill-first": PrefillFirst(limits[0]),
-        "semi-pd shared": SemiPD(limits[1], Shared(units)),
-    }
+    policies: dict[str, Any] = {"prefill-first": PrefillFirst(limits[0])}
+    if setup.left() > 400.0:
+        policies["semi-pd shared"] = SemiPD(limits[1], Shared(units))
     count, prompt, output = size or setup.scale.offline
     rows = {name: one_offline(setup, policy, count, prompt, output) for name, policy in policies.items()}
     for name, row in rows.items():
@@ -156,14 +157,14 @@ def ways(setup: Setup) -> dict[str, Callable[[], Any]]:
     made: dict[str, Callable[[], Any]] = {
         f"chunked {size}": lambda size=size: Chunked(limits(), size) for size in setup.scale.chunks
     }
-    made["prefill-first"] = lambda: PrefillFirst(limits())
-    made["semi-pd shared"] = lambda: SemiPD(limits(), Shared(units))
     for share in (0.25, 0.5):
         if pairs:
             pair = min(pairs, key=lambda pair: abs(pair[1] - share * units))
             made[f"semi-pd {pair[0]}:{pair[1]}"] = lambda pair=pair: SemiPD(limits(), Static(*pair, units))
     if pairs and (cost := fitted(setup)) is not None:
         made["auto"] = lambda: automatic(setup, cost)
+    made["semi-pd shared"] = lambda: SemiPD(limits(), Shared(units))
+    made["prefill-first"] = lambda: PrefillFirst(limits())
     return made
 
 
@@ -199,10 +200,10 @@ def run_mixed(setup: Setup, rate: float, seconds: float) -> dict[str, Any]:
     """Every way on the same arrivals; then goodput of the best chunked one and of the best of ours."""
     made, load = ways(setup), arrivals(setup, rate, seconds)
     rows: dict[str, dict[str, Any]] = {}
-    share = 0.6 * setup.left() / len(made)  # the rest looks for goodput
-    for name, policy in made.items():
-        most = min(3 * load[-1][0] + 10.0, share)
-        if most < load[-1][0]:
+    kept = LAST + 0.35 * setup.left()  # to look for goodput
+    for index, (name, policy) in enumerate(made.items()):
+        most = min(3 * load[-1][0] + DRAIN, (setup.left() - kept) / (len(made) - index))
+        if most < load[-1][0] + DRAIN / 2:
             setup.say(f"  {name:18s} left out: the time is up")
             continue
         rows[name] = one_mixed(setup, policy(), load, rate, most)
@@ -215,10 +216,12 @@ def run_mixed(setup: Setup, rate: float, seconds: float) -> dict[str, Any]:
 
         def run(at: float, name: str = name) -> float:
             arriving = arrivals(setup, at, seconds)
-            most = min(2 * arriving[-1][0] + 5.0, max(setup.left(), 1.0))
-            return float(one_mixed(setup, made[name](), arriving, at, most)["attainment"])
+            row = one_mixed(setup, made[name](), arriving, at, arriving[-1][0] + DRAIN)
+            return float(row["attainment"])
 
-        found[name] = goodput(run, rate, rows[name]["attainment"], lambda: setup.left() > 2.5 * seconds)
+        found[name] = goodput(
+            run, rate, rows[name]["attainment"], enough(setup, name == chosen[0], seconds)
+        )
         setup.say(f"  {name:18s} goodput {found[name]:.2f}/s at {GOAL:.0%} of requests within targets")
     result = {"rate": rate, "seconds": seconds, "rows": rows, "goodput": found, **compare(rows, found)}
     setup.say(
@@ -227,6 +230,14 @@ def run_mixed(setup: Setup, rate: float, seconds: float) -> dict[str, Any]:
         f"(target {GOODPUT_TARGET:g}: {verdict(result['goodput_ratio'] >= GOODPUT_TARGET)})"
     )
     return result
+
+
+def enough(setup: Setup, first: bool, seconds: float) -> Callable[[], bool]:
+    """Whether another run of so many seconds fits; the first of two ways leaves half of the time."""
+    least = LAST + seconds + DRAIN
+    if first:
+        least = max(least, LAST + 0.5 * (setup.left() - LAST))
+    return lambda: setup.left() > least
 
 
 def chosen_ways(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

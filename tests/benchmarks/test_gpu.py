@@ -101,7 +101,7 @@ def test_without_a_gpu_it_says_so(
 
 def test_goodput_lies_between_the_rates_that_were_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_load, "MOST_RATES", 6)
-    for limit in (4.2, 9.0, 11.0, 30.0):
+    for limit in (4.2, 9.0, 11.0, 24.0):
 
         def attained(at: float, limit: float = limit) -> float:
             return 1.0 if at <= limit else 0.5
