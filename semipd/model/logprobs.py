@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+_BLOCK = 256  # entries of which the largest is found first
+
 Chances = tuple[float, tuple[int, ...], tuple[float, ...]]
 
 
@@ -28,7 +30,19 @@ def _row(logits: torch.Tensor, token: int, count: int) -> Chances:
     most = values.max()
     if not np.isfinite(most):
         raise FloatingPointError(f"the logits have no finite maximum: {most}")
-    whole = most + np.log(np.exp(values - most).sum(dtype=np.float64))
-    best = logits.topk(min(count, values.size)).indices.numpy()
-    chosen = (values[np.append(best, token)] - whole).astype(np.float32).tolist()
+    whole = most + np.log(np.exp(values - most).sum())
+    best = _best(values, count)
+    chosen = (values[np.append(best, token)] - whole).tolist()
     return chosen[-1], tuple(best.tolist()), tuple(chosen[:-1])
+
+
+def _best(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest, largest first, the first of equals first."""
+    blocks = values.size // _BLOCK
+    if not count:
+        return np.empty(0, np.int64)
+    candidates = np.arange(values.size)
+    if count <= blocks:  # so many blocks have an entry of at least this, so no smaller one counts
+        tops = torch.from_numpy(values[: blocks * _BLOCK]).view(blocks, _BLOCK).amax(dim=1).numpy()
+        candidates = np.flatnonzero(values >= np.partition(tops, blocks - count)[blocks - count])
+    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]

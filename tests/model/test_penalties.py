@@ -187,6 +187,17 @@ def test_the_best_token_has_the_largest_number_bit_for_bit() -> None:
     assert torch.equal(told[:, 0], told[:, 1])
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 2000), st.integers(0, 30), st.integers(1, 40), st.integers(0, 9))
+def test_the_best_come_in_order_and_the_first_of_equals_first(
+    size: int, count: int, levels: int, seed: int
+) -> None:
+    """Equal logits are common in bfloat16."""
+    values = np.random.default_rng(seed).integers(0, levels, size).astype(np.float32)
+    ((_, ids, _),) = chances(torch.from_numpy(values)[None], [0], [count])
+    assert list(ids) == sorted(range(size), key=lambda token: (-values[token], token))[:count]
+
+
 def test_a_row_is_scored_alike_in_any_company_and_on_any_threads() -> None:
     values = logits(9, size=20_000)
     together = chances(values, [5] * 9, [4] * 9)
