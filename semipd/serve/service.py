@@ -37,6 +37,8 @@ MAX_TEXT = 2**21  # characters for /tokenize
 MAX_USER = 1024
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 TOKENIZER_THREADS = 2
+MAX_PROMPT_NUMBERS = 2**20  # log probabilities of one answer: they come at once
+MAX_NUMBERS = 2**22  # of produced tokens: they come one by one
 
 Result = TypeVar("Result")
 
@@ -90,7 +92,7 @@ class Service:
             ids = [self._ids(prompt, engine.limit) for prompt in prompts]
             plan = self._maker.plan(ids, params, engine, salt, arrived)
             echoes = self._echoes(prompts, ids, params.n, alone) if body.echo else []
-            return replace(plan, echoes=echoes, told=True)
+            return replace(_bounded(plan), echoes=echoes, told=True)
 
         return await self._off_loop(work)
 
@@ -110,7 +112,7 @@ class Service:
             messages = self._messages(body.messages, engine.limit)
             params = params_of(body, asked, None)
             plan = self._maker.plan([chat.encode(messages)], params, engine, salt, arrived)
-            return replace(plan, told=True)
+            return replace(_bounded(plan), told=True)
 
         try:
             return await self._off_loop(work)
@@ -215,6 +217,22 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         service_tier=body.service_tier,
         priority=body.priority,
     )
+
+
+def _bounded(plan: Plan) -> Plan:
+    """The plan, unless it asks for more numbers than one answer may hold."""
+    rules = [(submit, submit.sampling) for submit in plan.submits]
+    of_prompts = sum(
+        s.prompt_tokens * (r.prompt_logprobs + 1) for s, r in rules if r.prompt_logprobs is not None
+    )
+    if of_prompts > MAX_PROMPT_NUMBERS:
+        message = f"{of_prompts} log probabilities of prompts in one answer; at most {MAX_PROMPT_NUMBERS}"
+        raise Refused(message, "prompt_logprobs")
+    numbers = sum(s.max_tokens * (r.logprobs + 1) for s, r in rules if r.logprobs is not None)
+    if numbers > MAX_NUMBERS:
+        message = f"max_tokens allow {numbers} log probabilities in one answer; at most {MAX_NUMBERS}"
+        raise Refused(message, "logprobs")
+    return plan
 
 
 def _salt(body: GenerationBody) -> str | None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from semipd.core.types import FinishReason, Score
 from semipd.llm import LLM
+from semipd.serve import service
 from semipd.serve.alignment import Alignment, Told
 from semipd.serve.params import SamplingParams
 from semipd.serve.session import Piece
@@ -170,6 +171,23 @@ def test_prompt_logprobs_are_by_token_id(client: httpx.Client, server: Serving) 
     chat = only(client.post(CHAT, json={"messages": MESSAGES, "prompt_logprobs": 0}).json())
     assert len(chat["prompt_logprobs"]) > 5 and {len(e) for e in chat["prompt_logprobs"][1:]} == {1}
     assert "prompt_logprobs" not in only(complete(client, prompt="x", echo=True, logprobs=1))
+
+
+def test_numbers_of_one_answer_are_bounded(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few bytes of a request must not ask for gigabytes of an answer."""
+    monkeypatch.setattr(service, "MAX_PROMPT_NUMBERS", 60)
+    monkeypatch.setattr(service, "MAX_NUMBERS", 60)
+    ids = [5] * 10
+    for body, param in (
+        ({"prompt": [ids] * 2, "prompt_logprobs": 2}, None),
+        ({"prompt": [ids] * 2, "prompt_logprobs": 3}, "prompt_logprobs"),
+        ({"prompt": ids, "n": 3, "logprobs": 2, "echo": True, "max_tokens": 1}, "prompt_logprobs"),
+        ({"prompt": ids, "n": 2, "logprobs": 2, "max_tokens": 10}, None),
+        ({"prompt": ids, "n": 2, "logprobs": 2, "max_tokens": 11}, "logprobs"),
+    ):
+        answer = client.post(COMPLETIONS, json=body)
+        assert answer.status_code == (400 if param else 200)
+        assert answer.json().get("error", {}).get("param") == param
 
 
 def test_the_openai_client_reads_them(server: Serving) -> None:
