@@ -129,6 +129,11 @@ def _add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = 
 
 def read_config(options: argparse.Namespace) -> Config:
     """Flags over the --config file over the defaults. Raises ConfigError."""
+    return from_mapping(_read_settings(options))
+
+
+def _read_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What flags and the --config file say, by name."""
     values: dict[str, Any] = {}
     if options.config:
         import yaml
@@ -146,7 +151,7 @@ def read_config(options: argparse.Namespace) -> Config:
     values |= {
         name: getattr(options, name) for name in settings() if getattr(options, name, None) is not None
     }
-    return from_mapping(values)
+    return values
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -165,14 +170,14 @@ def _generate(options: argparse.Namespace) -> int:
 
     prompts = _read_prompts(options)
     most = check("max_tokens", options.max_tokens, MAX_TOKENS)
-    config = read_config(options)
+    values = _read_settings(options)
     with contextlib.ExitStack() as resources:
-        if (resident := early_resident(config.model.device)) is not None:
+        if (resident := early_resident(from_mapping(values).model.device)) is not None:
             resources.callback(resident.close)
         from semipd import LLM, SamplingParams  # while the resident imports what it needs
 
         params = SamplingParams(max_tokens=most, temperature=options.temperature)
-        llm = resources.enter_context(LLM.from_config(config, build_on(resident)))
+        llm = resources.enter_context(LLM.from_settings(values, build_on(resident)))
         for prompt, result in zip(prompts, llm.generate(prompts, params), strict=True):
             output = result.outputs[0]
             if options.json:

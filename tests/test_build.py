@@ -195,7 +195,7 @@ def test_flags_and_files_mean_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_a_config_of_ones_own_making_is_checked_too() -> None:
-    """`LLM.from_config` takes one that never went through `from_mapping`."""
+    """`build_engine` takes one that never went through `from_mapping`."""
     with pytest.raises(ConfigError, match="--seed"):
         Config(model=ModelConfig(seed=-1))
     with pytest.raises(ConfigError, match="converted"):

@@ -126,7 +126,7 @@ def test_what_generate_cannot_do_is_said_before_loading(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semipd.LLM.from_config", lambda config: pytest.fail("it was loaded"))
+        patch.setattr("semipd.LLM.from_settings", lambda *given: pytest.fail("it was loaded"))
         for words in (["--max-tokens", "0"], ["--max-tokens", "x"], ["--temperature", "nan"]):
             line = refusal(capfd, "generate", "--prompt", "x", *words)
             assert words[0].strip("-").replace("-", "_") in line.replace("-", "_")

@@ -8,10 +8,8 @@ from typing import Any
 from answer import Generate, Steps, answer, settings
 
 from semipd import LLM, SamplingParams
-from semipd.build import build_engine, resolve
-from semipd.config import from_mapping
+from semipd.build import build_engine
 from semipd.core.types import Event, Tokens
-from semipd.serve.model_folder import read_model_folder
 
 
 class Recorder:
@@ -27,11 +25,11 @@ class Recorder:
 
 def start() -> tuple[Generate, dict[str, object]]:
     given: dict[str, Any] = settings()
-    config = from_mapping({"model": given["folder"], "device": "cpu", **given["llm"]})
-    resolved = resolve(config)
     recorder = Recorder()
-    model = read_model_folder(resolved.folder)
-    llm = LLM.from_builder(config, model, lambda observers: build_engine(resolved, [*observers, recorder]))
+    llm = LLM.from_settings(
+        {"model": given["folder"], "device": "cpu", **given["llm"]},
+        lambda resolved, observers: build_engine(resolved, [*observers, recorder]),
+    )
 
     def generate(prompts: list[list[int]], new: list[int]) -> Steps:
         recorder.steps = []

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from semipd.build import Resolved
 from semipd.config import Config
+from semipd.core.engine import Engine
 from semipd.core.errors import ConfigError, EngineDead, Refused
+from semipd.core.ports import Observer
 from semipd.llm import LLM
 from semipd.serve.model_folder import read_model_folder
 from semipd.serve.params import SamplingParams
@@ -124,6 +127,22 @@ def test_unknown_settings_are_refused() -> None:
         LLM("folder", max_num_seq=3)
     with pytest.raises(ConfigError, match="server"):
         LLM("folder", port=80)
+
+
+def test_it_runs_for_throughput_where_no_schedule_is_asked_for(folder: Path) -> None:
+    def policy_of(**settings: object) -> str:
+        seen: list[str] = []
+
+        def build(resolved: Resolved, observers: Sequence[Observer]) -> Engine:
+            seen.append(resolved.config.policy.policy)
+            return make_engine(LiveFake(), observers)
+
+        LLM.from_settings({"model": str(folder), "device": "cpu", **settings}, build).close()
+        return seen[0]
+
+    assert policy_of(max_num_seqs=3, split=None) == "chunked"
+    assert policy_of(**{"tpot-slo": "1s"}) == policy_of(split="shared") == policy_of(policy="semi-pd")
+    assert policy_of(policy="prefill-first") == "prefill-first"
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
