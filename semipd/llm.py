@@ -225,8 +225,8 @@ class LLM:
 
 def for_throughput(resolved: Resolved) -> Resolved:
     """With the policy that brings most tokens where nobody waits for single ones: whole prompts and every
-    decode in one batch. On two cores 16 mixed requests took 0.8 of the time that they took with one core for
-    each phase; 64 took the same."""
+    decode in one batch. On two cores 16 mixed requests took 0.8 of the time that they took with one core
+    for each phase; 64 took the same."""
     policy = dataclasses.replace(resolved.config.policy, policy="chunked", chunk_tokens=THROUGHPUT_CHUNK)
     return dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, policy=policy))
 
