@@ -3,7 +3,7 @@
 # make test      format check, lint, types, all tests
 # make test-all  the same and the slow tests
 # make test-gpu  tests that need a CUDA device, with PYTHON as it is (WHEELS=folder: unpack missing packages)
-# make bench-gpu the GPU benchmark, likewise (PARTS="steps offline mixed transformers profile")
+# make bench-gpu the GPU benchmark, likewise (PARTS="steps kernels tiles offline ...")
 # make bench-sim  the simulator beside the real engine on this CPU, after a profile of it; wants a quiet machine
 # make bench-auto the same for every way under a load that changes
 
