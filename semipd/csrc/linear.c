@@ -29,10 +29,10 @@ static void multiply_block(const Linear *linear, const char *x, int64_t x_stride
     for (int64_t begin = 0; begin < tiles; begin += each) {
         int64_t end = begin + each < tiles ? begin + each : tiles;
         int64_t depth = (end == tiles ? linear->inputs : end * DEPTH) - begin * DEPTH;
-        for (int64_t pair = first; pair < last; pair++) {
-            const char *weight = (const char *)linear->weight + (pair * tiles + begin) * PAIR_TILE * element;
-            for (int64_t row = 0; row < rows; row += 32) {
-                int64_t count = rows - row < 32 ? rows - row : 32;
+        for (int64_t row = 0; row < rows; row += 32) {
+            int64_t count = rows - row < 32 ? rows - row : 32;
+            for (int64_t pair = first; pair < last; pair++) {
+                const char *weight = (const char *)linear->weight + (pair * tiles + begin) * PAIR_TILE * element;
                 float *here = sums + ((pair - first) * ROW_BLOCK + row) * PAIR;
                 multiply(x + (row * x_stride + begin * DEPTH) * element, x_stride, count, weight, depth, begin == 0,
                          stream, here);

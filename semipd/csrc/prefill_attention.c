@@ -7,10 +7,12 @@
 #include <immintrin.h>
 #define HERE 1
 #endif
+#include <omp.h>
+
 #include "kernels.h"
 #include "simd.h"
 
-enum { ROWS = 32, KEYS = 256, MOST_DIM = 256, TILE = 512 }; /* TILE: elements of a tile */
+enum { ROWS = 32, KEYS = 256, MOST_DIM = 256, HEADS = 8, TILE = 512 }; /* HEADS: at once; TILE: elements of a tile */
 
 /* One slice: positions first_position .. + count - 1, whose queries begin at row `row`. window: positions that a
    query sees, 0 for all. packed: room for kv_heads * 2 * padded * head_dim elements, where `padded` covers the
@@ -149,49 +151,74 @@ static void mix(const uint16_t *weights, int64_t rows, const uint16_t *values, i
     }
 }
 
-/* Up to 32 rows from `first` (counted in the slice) on, of one query head. */
-static void attend_32(const PrefillPlan *plan, const uint16_t *query, int64_t head, int64_t first, uint16_t *out) {
-    float scores[ROWS * KEYS] __attribute__((aligned(64))), mixed[ROWS * MOST_DIM] __attribute__((aligned(64)));
+/* What one query head of up to 32 rows has come to so far. */
+typedef struct {
+    float mixed[ROWS * MOST_DIM], most[ROWS], sum[ROWS];
+} __attribute__((aligned(64))) Running;
+
+/* Bring `rows` rows of a head, the first at `position`, along by the `count` keys from `begin` on. */
+static void attend_block(const PrefillPlan *plan, const uint16_t *query, int64_t rows, int64_t position,
+                         int64_t begin, int64_t count, const uint16_t *keys, const uint16_t *values, Running *run) {
+    float scores[ROWS * KEYS] __attribute__((aligned(64)));
     uint16_t weights[ROWS * KEYS] __attribute__((aligned(64)));
-    float most[ROWS], sum[ROWS];
+    int64_t dim = plan->head_dim;
+    for (int64_t k = 0; k < count; k += 32)
+        score(query, plan->query_stride, rows, keys + k * dim, dim, scores + k);
+    FENCE(scores);
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t own = position + r + 1, from = plan->window && own > plan->window ? own - plan->window : 0;
+        float factor = weigh(scores + r * KEYS, weights + r * KEYS, count, from - begin, own - begin, plan->scale,
+                             run->most + r, run->sum + r);
+        if (factor != 1.0f)
+            for (int64_t i = 0; i < dim; i += LANES)
+                store16(run->mixed + r * dim + i, load16(run->mixed + r * dim + i, 0) * factor, 0);
+    }
+    FENCE(run);
+    FENCE(weights);
+    mix(weights, rows, values, count, dim, run->mixed);
+    FENCE(run);
+}
+
+/* Up to 32 rows from `first` (counted in the slice) on, of `heads` query heads from `head` on that share a KV head,
+   whose keys and values are read once for all of them. */
+static void attend_32(const PrefillPlan *plan, const uint16_t *query, int64_t head, int64_t heads, int64_t first,
+                      uint16_t *out) {
+    Running run[HEADS];
     int64_t dim = plan->head_dim, rows = plan->count - first < ROWS ? plan->count - first : ROWS;
     int64_t position = plan->first_position + first, end = position + rows, row = plan->row + first;
     int64_t low = plan->window && position >= plan->window ? position - plan->window + 1 : 0;
     int64_t kv_head = head / (plan->heads / plan->kv_heads);
     const uint16_t *keys = plan->packed + kv_head * 2 * plan->padded * dim, *values = keys + plan->padded * dim;
     query += row * plan->query_stride + head * dim;
-    for (int64_t r = 0; r < rows; r++) most[r] = -INFINITY, sum[r] = 0;
-    for (int64_t i = 0; i < rows * dim; i += LANES) store16(mixed + i, splat(0), 0);
+    for (int64_t h = 0; h < heads; h++) {
+        for (int64_t r = 0; r < rows; r++) run[h].most[r] = -INFINITY, run[h].sum[r] = 0;
+        for (int64_t i = 0; i < rows * dim; i += LANES) store16(run[h].mixed + i, splat(0), 0);
+    }
     shape_tiles(rows, 64);
     for (int64_t begin = low / KEYS * KEYS; begin < end; begin += KEYS) {
-        int64_t count = end - begin < KEYS ? ROUND_UP(end - begin, 32) : KEYS, at = begin - plan->base;
-        for (int64_t k = 0; k < count; k += 32)
-            score(query, plan->query_stride, rows, keys + (at + k) * dim, dim, scores + k);
-        FENCE(scores);
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t own = position + r + 1, from = plan->window && own > plan->window ? own - plan->window : 0;
-            float factor = weigh(scores + r * KEYS, weights + r * KEYS, count, from - begin, own - begin,
-                                 plan->scale, most + r, sum + r);
-            if (factor != 1.0f)
-                for (int64_t i = 0; i < dim; i += LANES)
-                    store16(mixed + r * dim + i, load16(mixed + r * dim + i, 0) * factor, 0);
-        }
-        FENCE(mixed);
-        FENCE(weights);
-        mix(weights, rows, values + at * dim, count, dim, mixed);
-        FENCE(mixed);
+        int64_t count = end - begin < KEYS ? ROUND_UP(end - begin, 32) : KEYS, at = (begin - plan->base) * dim;
+        for (int64_t h = 0; h < heads; h++)
+            attend_block(plan, query + h * dim, rows, position, begin, count, keys + at, values + at, run + h);
     }
-    out += (row * plan->heads + head) * dim;
-    for (int64_t r = 0; r < rows; r++, out += plan->heads * dim)
-        for (int64_t i = 0; i < dim; i += LANES)
-            store16(out + i, load16(mixed + r * dim + i, 0) * (1.0f / sum[r]), 1);
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < dim; i += LANES)
+                store16(out + ((row + r) * plan->heads + head + h) * dim + i,
+                        load16(run[h].mixed + r * dim + i, 0) * (1.0f / run[h].sum[r]), 1);
+}
+
+/* How many parts a group of heads is cut into, so that every thread gets several pieces of work. */
+static int64_t parts_of(int64_t group, int64_t others) {
+    int64_t parts = (group + HEADS - 1) / HEADS, wanted = (4 * omp_get_max_threads() + others - 1) / others;
+    return wanted < parts ? parts : wanted < group ? wanted : group;
 }
 
 /* Needs AMX. query: rows of heads * head_dim elements, `query_stride` apart; layer: of the pool, holding the
    slice's own keys and values; out: [rows, heads * head_dim]. */
 EXPORT void semipd_prefill_attention(const PrefillPlan *plan, const uint16_t *query, const uint16_t *layer,
                                      uint16_t *out) {
-    int64_t blocks = plan->padded / 32, tiles = (plan->count + ROWS - 1) / ROWS;
+    int64_t blocks = plan->padded / 32, tiles = (plan->count + ROWS - 1) / ROWS, group = plan->heads / plan->kv_heads;
+    int64_t parts = parts_of(group, tiles * plan->kv_heads), each = plan->kv_heads * parts;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
@@ -199,8 +226,11 @@ EXPORT void semipd_prefill_attention(const PrefillPlan *plan, const uint16_t *qu
         begin_tiles();
         /* Later rows see more keys: longest first, so that threads end together. */
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < tiles * plan->heads; i++)
-            attend_32(plan, query, i % plan->heads, (tiles - 1 - i / plan->heads) * ROWS, out);
+        for (int64_t i = 0; i < tiles * each; i++) {
+            int64_t part = i % parts, from = part * group / parts, to = (part + 1) * group / parts;
+            attend_32(plan, query, i / parts % plan->kv_heads * group + from, to - from,
+                      (tiles - 1 - i / each) * ROWS, out);
+        }
         end_tiles();
     }
 }
