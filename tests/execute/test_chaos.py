@@ -18,7 +18,7 @@ from semipd.execute.cpu import CpuExecutor
 from tests.checkpoints import VOCABULARY
 from tests.execute.cpu_tools import dead, eventually
 
-SETTINGS = {"max_model_len": 96, "kv_blocks": 200, "block_size": 4, "max_num_seqs": 6}
+SETTINGS = {"policy": "semi-pd", "max_model_len": 96, "kv_blocks": 200, "block_size": 4, "max_num_seqs": 6}
 PROMPTS = [[(11 * i + 7 * j) % VOCABULARY for j in range(5 + 6 * i)] for i in range(10)]
 PARAMS = SamplingParams(max_tokens=24, temperature=0.7, seed=3, ignore_eos=True)
 
