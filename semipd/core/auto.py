@@ -30,11 +30,12 @@ from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
 
 MISS = 40.0  # seconds of latency that one missed target is worth
-LATER = 3.0  # times that at most, for prompts yet to come: as far as recent ones were late
+LATER = 2.0  # times that at most, for prompts yet to come: as far as recent ones were late
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 FORESEEN = 24  # prompts looked at one by one
 STREAM_GROUPS = 4  # decoding requests are scored in this many groups
 STALE = 6  # plans for which the groups may stay as they are
+PRIOR = (256,) * 16  # lengths of outputs that it begins with
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 
 
@@ -93,7 +94,7 @@ class Auto:
         self._targets, self._chunks = targets, tuple(chunks)
         self._work = work or PromptWork(cost, device.units)
         self._soon = (1.0 - MARGIN) * targets["default"].ttft  # what a prompt yet to come should not exceed
-        self._lengths = LengthPredictor()
+        self._lengths = LengthPredictor(prior=PRIOR)
         self._lateness = Lateness(targets, MARGIN)
         self._correction = Correction(cost)
         self._tables: dict[tuple[int, ...], list[Way]] = {}

@@ -41,11 +41,12 @@ def decode_slices(live: Live, kv: KVManager, limit: int) -> list[Slice]:
 def next_prefill(live: Live, most: int) -> tuple[int, int]:
     """(start, tokens <= most) of the prefill step that runs, or about what the next one will be."""
     if flights := live.flights[Lane.PREFILL]:
-        _, start, count, _ = flights[0].batch.slices[0]
+        pieces = flights[0].batch.slices
+        start, count = pieces[0].start, sum(piece.count for piece in pieces)
         return start, count
     started = [request for request in live.prefilling if request.planned < request.known]
     start = started[0].planned if started else 0
-    queue = started or itertools.islice(live.waiting, 4)
+    queue = itertools.chain(started, itertools.islice(live.waiting, 8))
     return start, min(sum(request.known - request.planned for request in queue), most)
 
 

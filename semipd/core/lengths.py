@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Sequence
 from itertools import accumulate
 
 from semipd.core.types import Event, Finished, FinishReason, Request
 
 
 class LengthPredictor:
-    """An observer. Expects of a request the mean of the recent lengths beyond what it has produced."""
+    """An observer. Expects of a request the mean of the recent lengths beyond what it has produced.
 
-    def __init__(self, remember: int = 512) -> None:
-        self._recent: deque[int] = deque()
+    prior: lengths that it begins with, as the first outputs to end are the short ones."""
+
+    def __init__(self, remember: int = 512, prior: Sequence[int] = ()) -> None:
+        self._recent = deque(prior)
         self._remember = remember
-        self._sorted: list[int] = []
-        self._sums: list[int] = [0]  # _sums[i]: total of the i longest lengths
+        self._sorted = sorted(prior)
+        self._sums = [0, *accumulate(reversed(self._sorted))]  # _sums[i]: total of the i longest lengths
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Finished):
@@ -30,7 +33,7 @@ class LengthPredictor:
             self._sums = [0, *accumulate(reversed(self._sorted))]
 
     def remaining(self, request: Request) -> int:
-        """Tokens still to come, 0 to what `max_tokens` leaves. All of that before anything has ended."""
+        """Tokens still to come, 0 to what `max_tokens` leaves. All of that when nothing is known."""
         produced = len(request.output)
         longer = len(self._sorted) - bisect_right(self._sorted, produced)
         if longer:

@@ -31,7 +31,8 @@ class PromptWork:
     def __init__(self, cost: CostModel, units: int) -> None:
         self._cost, self._units = cost, units
         self._whole: dict[Request, float] = {}
-        self._counted_at = 0.0
+        self._counted_at, self._since = 0.0, math.inf
+        self._arrived = self._came = 0.0  # prompts, and seconds of prefill, fading
         self.slowness = self.step_left = 1.0
         self.arrivals = self.load = 0.0
 
@@ -64,8 +65,12 @@ class PromptWork:
             self._whole = {}
         whole = self._cost.seconds(Work.of((Slice(0, 0, known),)), self._units)
         self._whole[request] = whole
+        if self._since == math.inf:
+            self._since = self._counted_at = request.arrival
         decay = math.exp(-max(request.arrival - self._counted_at, 0.0) / MEMORY)
-        self.arrivals = self.arrivals * decay + 1.0 / MEMORY
-        self.load = self.load * decay + whole / MEMORY
+        self._arrived = self._arrived * decay + 1.0
+        self._came = self._came * decay + whole
         self._counted_at = max(request.arrival, self._counted_at)
+        seen = MEMORY * (1.0 - math.exp(-max(self._counted_at - self._since, 1.0) / MEMORY))
+        self.arrivals, self.load = self._arrived / seen, self._came / seen
         return whole

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from semipd.core.types import Event, Finished, FinishReason, Lane, Split, Stepped, Tokens
 
 RECENT = 0.02  # weight of the newest request in what `Lateness` knows
-TOLERATED = 0.08  # share of requests that may come near to their target before it presses fully
+TOLERATED = 0.12  # share of requests that may come near to their target before it presses fully
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,11 @@ class Lateness:
         self._share = self.pressure = 0.0
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Finished) and event.request.first_token_at >= 0.0:
-            request = event.request
+        if not isinstance(event, Tokens):
+            return
+        for request in reversed(event.requests):  # whoever had a prompt in the step comes last
+            if len(request.output) > 1:
+                return
             target = self._targets.get(request.service_class, self._targets["default"])
             late = request.first_token_at - request.arrival > self._part * target.ttft
             self._share += (late - self._share) * RECENT

@@ -13,7 +13,7 @@ from semipd.core.errors import ConfigError
 from semipd.core.kv import BlockPool
 from semipd.core.order import AGEING, PromptWork
 from semipd.core.ports import CostModel
-from semipd.core.types import Device, Lane, Request, Sampling
+from semipd.core.types import Device, Lane, Request, Sampling, Slice, Work
 from semipd.execute.sim import FixedCost, SimExecutor, VirtualClock
 
 UNITS = 16
@@ -110,3 +110,13 @@ def test_the_chance_that_a_later_prompt_is_late() -> None:
     assert work.tail(limit, rate) == pytest.approx(late / count, rel=0.1)
     chances = [work.tail(limit, rate) for rate in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
     assert chances == sorted(chances, reverse=True) and chances[0] <= 1.0
+
+
+@pytest.mark.parametrize("seconds", [2.0, 60.0])
+def test_what_arrives_is_known_soon_after_the_start(seconds: float) -> None:
+    """Twenty prompts a second of 101 ms on the whole device, from 1,000 s on."""
+    work = PromptWork(MODEL, UNITS)
+    for index in range(round(20 * seconds)):
+        work.seconds(Request(str(index), range(1000), 2, Sampling(), arrival=1000.0 + index / 20))
+    assert work.arrivals == pytest.approx(20.0, rel=0.1)
+    assert work.load == pytest.approx(20.0 * MODEL.seconds(Work.of((Slice(0, 0, 1000),)), UNITS), rel=0.1)

@@ -137,22 +137,23 @@ def test_windows_hold_quantiles_of_what_happened() -> None:
 
 def test_lateness_presses_as_far_as_recent_first_tokens_were_late() -> None:
     lateness = Lateness({"default": Targets(1.0), "slow": Targets(10.0)}, 0.15)
+    running = Request("old", range(4), 9, output=[1, 2], first_token_at=9.0)  # late, but told before
 
-    def ended(first: float, service_class: str = "default") -> None:
-        request = Request("r", range(4), 4, Sampling(), service_class=service_class)
+    def began(first: float, service_class: str = "default") -> None:
+        request = Request("r", range(4), 4, Sampling(), service_class=service_class, output=[1])
         request.first_token_at = first
-        lateness(Finished(0.0, request))
+        lateness(Tokens(0.0, (running, request), (5, 5)))
 
     for _ in range(50):
-        ended(0.8)
-        ended(5.0, "slow")
-        ended(-1.0)  # had no token at all: says nothing about the wait
+        began(0.8)
+        began(5.0, "slow")
+        lateness(Tokens(0.0, (running,), (5,)))
     assert lateness.pressure == 0.0
-    ended(0.9)
+    began(0.9)
     assert 0.0 < lateness.pressure < 1.0
-    for _ in range(5):
-        ended(2.0)
+    for _ in range(10):
+        began(2.0)
     assert lateness.pressure == 1.0
     for _ in range(300):
-        ended(0.1)
+        began(0.1)
     assert lateness.pressure < 0.01
