@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="*", help="only those whose name starts with one of these")
     parser.add_argument("--skip", nargs="*", default=[], help="none whose name starts with one of these")
     parser.add_argument("--slos", nargs="*", help="only these targets")
-    parser.add_argument("--usual-order", action="store_true", help="no way in the order of prompts of others")
+    parser.add_argument("--usual-order", action="store_true", help="no way in the other order of prompts")
     options = parser.parse_args()
     source, new = commit(), 0
     for key in (
