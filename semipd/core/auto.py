@@ -30,7 +30,6 @@ from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
 
 MISS = 40.0  # seconds of latency that one missed target is worth
-LATER = 2.0  # times that at most, for prompts yet to come: as far as recent ones were late
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 FORESEEN = 24  # prompts looked at one by one
 STREAM_GROUPS = 4  # decoding requests are scored in this many groups
@@ -194,7 +193,7 @@ class Auto:
         found = self._work.arrivals * busy  # arrive meanwhile, and find half of what is waiting now
         behind = 0.5 * (wait + backlog * slowness)
         total = len(prompts) * wait + queue.work * slowness + found * behind
-        if pressure := LATER * self._lateness.pressure:
+        if pressure := self._lateness.pressure:
             misses += pressure * found * self._work.tail(self._soon - behind, kept)
         share = min(load / kept, 0.95)
         rest = 1.0 / (share / step + (1.0 - share) / alone)

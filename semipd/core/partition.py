@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from semipd.core.types import Event, Finished, FinishReason, Lane, Split, Stepped, Tokens
 
 RECENT = 0.02  # weight of the newest request in what `Lateness` knows
-TOLERATED = 0.12  # share of requests that may come near to their target before it presses fully
+TOLERATED = 0.08  # share of requests that may come near to their target before it presses fully
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ def test_near_saturation_auto_keeps_up_with_the_best_static_split(seed: int) -> 
     targets = {"max_num_seqs": 512, "ttft_slo": 0.3, "tpot_slo": 0.15}
     auto = simulate(scenario, PolicyConfig(split="auto", **targets))
     static = simulate(scenario, PolicyConfig(split="static:92,16", **targets))
-    assert auto["attainment"] > static["attainment"] - 0.045
+    assert auto["attainment"] > static["attainment"] - 0.02
     assert auto["ttft_s"]["p90"] < 0.245
-    assert auto["e2e_s"]["mean"] < static["e2e_s"]["mean"]
+    assert auto["e2e_s"]["mean"] < 1.05 * static["e2e_s"]["mean"], (
+        "targets are not to be bought with latency"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import pytest
 from semipd.config import Config, ModelConfig
 from semipd.core.errors import ConfigError, EngineDead, Refused
 from semipd.core.ports import ExecutorLost
-from semipd.core.types import FinishReason, Sampling
+from semipd.core.types import FinishReason, Sampling, StepResult
 from semipd.serve import session as session_module
 from semipd.serve.launch import EngineProcess
 from semipd.serve.messages import LaneState, Stats, Submit
@@ -244,13 +245,25 @@ def test_health_is_progress_not_presence(monkeypatch: pytest.MonkeyPatch) -> Non
             assert with_lane(61.0, 30.0) is None, "steps of 30 s are known here"
             assert with_lane(61.0, 0.0) is None, "the first step may take long"
             # A planner that hangs in a step: nothing answers, and health must not hang with it.
-            monkeypatch.setattr(session_module, "ANSWER_SECONDS", 1.5)
-            executor.pace = 3.0
+            monkeypatch.setattr(session_module, "ANSWER_SECONDS", 3.0)
+            goes_on = threading.Event()
+            wait = executor.wait
+
+            def hang(until: float | None) -> list[StepResult]:
+                goes_on.wait(60.0)
+                return wait(until)
+
+            monkeypatch.setattr(executor, "wait", hang)
             with session.submit([submit([5], 2)]):
-                await asyncio.sleep(0.6)  # or the health of just now would still do
-                assert await session.health() is None, "a second without an answer is no proof"
-                why = await session.health()
-                assert why is not None and "not answered" in why
+                try:
+                    await asyncio.sleep(0.6)  # or the health of just now would still do
+                    assert await session.health() is None, "a second without an answer is no proof"
+                    for _ in range(30):
+                        if (why := await session.health()) is not None:
+                            break
+                    assert why is not None and "not answered" in why
+                finally:
+                    goes_on.set()
 
     asyncio.run(main())
 
