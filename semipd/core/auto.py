@@ -96,7 +96,8 @@ class Auto:
         self._lengths = LengthPredictor(prior=PRIOR)
         self._lateness = Lateness(targets, MARGIN)
         self._correction = Correction(cost)
-        self._tables: dict[tuple[int, ...], list[Way]] = {}
+        self._ways_of: dict[tuple[int, ...], list[Way]] = {}  # by rounded features of the work
+        self._tables: dict[tuple[tuple[int, ...], bool, bool], list[Way]] = {}
         self._groups: list[Group] = []
         self._groups_of, self._groups_age = -1, 0
         self._present: tuple[int, ...] | None = None  # the way chosen last
@@ -227,7 +228,8 @@ class Auto:
         return found
 
     def _streams(self, live: Live, now: float) -> list[Group]:
-        if self._groups_of == len(live.decoding) and self._groups_age < STALE:
+        count = len(live.decoding)
+        if abs(self._groups_of - count) <= count // 16 and self._groups_age < STALE:
             self._groups_age += 1
             return self._groups
         rows, default = [], self._targets["default"]
@@ -244,7 +246,7 @@ class Auto:
             allowance = sum(allowed for allowed, _ in part) / len(part)
             mean = sum(remaining for _, remaining in part) / len(part)
             self._groups.append(Group(len(part), mean, allowance, allowance * (1.0 - MARGIN)))
-        self._groups_of, self._groups_age = len(live.decoding), 0
+        self._groups_of, self._groups_age = count, 0
         return self._groups
 
     def _table(self, live: Live) -> list[Way]:
@@ -253,40 +255,43 @@ class Auto:
         context = sum(request.planned for request in live.decoding)
         prefilling, decoding = live.busy(Lane.PREFILL), live.busy(Lane.DECODE)
         start, tokens = next_prefill(live, self.limits.prefill_tokens)
-        # Equal for values within about 9%.
-        features = [round(8.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start)]
-        key = (*features, prefilling, decoding, *self._correction.level)
-        table = self._tables.get(key)
+        # Equal for values within about 15%.
+        features = [round(5.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start)]
+        key = (*features, *self._correction.level)
+        table = self._tables.get((key, prefilling, decoding))
         if table is None:
-            self._tables = self._tables if len(self._tables) < 2048 else {}
-            table = self._tables[key] = []
-            decode = Work.decode(len(live.decoding), context)
-            ways = self._ways(decode, start, max(tokens, 16), prefilling, decoding)
-            for way in sorted(ways, key=lambda way: (-way.rate, way.step)):
-                if not table or way.step < table[-1].step:
+            if len(self._tables) >= 2048:
+                self._tables, self._ways_of = {}, {}
+            ways = self._ways_of.get(key)
+            if ways is None:
+                decode = Work.decode(len(live.decoding), context)
+                ways = self._ways_of[key] = self._ways(decode, start, max(tokens, 16))
+            table = self._tables[key, prefilling, decoding] = []
+            for way in ways:
+                # A lane with a step in flight must not be left without units.
+                possible = (way.prefill or not prefilling) and (way.decode or not decoding)
+                if possible and (not table or way.step < table[-1].step):
                     table.append(way)
         return table
 
-    def _ways(self, decode: Work, start: int, tokens: int, prefilling: bool, decoding: bool) -> list[Way]:
-        """Every candidate for this decode batch beside a prefill step. A lane with a step in flight
-        (prefilling, decoding) must not be left without units."""
+    def _ways(self, decode: Work, start: int, tokens: int) -> list[Way]:
+        """Every candidate for this decode batch beside a prefill step, the quickest for prompts first."""
         units, seconds = self._device.units, self._cost.seconds
         slowness = self._correction.slowness
         slow_first, slow_next = slowness[Lane.PREFILL], slowness[Lane.DECODE]
         prompt = Work.of((Slice(0, start, tokens),))
         whole = seconds(prompt, units) * slow_first
-        ways = [] if decoding else [Way(units, 0, 0, 1.0, math.inf)]
-        if not prefilling:
-            ways.append(Way(0, units, 0, 0.0, seconds(decode, units) * slow_next))
+        alone = Way(0, units, 0, 0.0, seconds(decode, units) * slow_next)
+        ways = [Way(units, 0, 0, 1.0, math.inf), alone]
         for first, second in (*self._device.legal_splits, (units, units)):
             rate = whole / (seconds(prompt, first, decode, second) * slow_first)
             ways.append(Way(first, second, 0, rate, seconds(decode, second, prompt, first) * slow_next))
-        for chunk in () if prefilling else self._chunks:
+        for chunk in self._chunks:
             size = min(chunk - decode.sequences, tokens)
             if size > 0:
                 step = seconds(decode + Work.of((Slice(0, start, size),)), units) * slow_next
                 ways.append(Way(0, units, chunk, size / step * whole / tokens, step))
-        return ways
+        return sorted(ways, key=lambda way: (-way.rate, way.step))
 
 
 def _miss(seconds: float, limit: float) -> float:
