@@ -4,7 +4,7 @@ would do. Targets in, shares out.
 A way is a split of the device, a mixed batch with a chunk of prompt tokens, or one phase alone. The cost
 model gives two figures of each: the rate at which prompts are worked off (1: as fast as with the whole
 device) and the seconds of a decode step. From these follow everybody's first and last token, if the way
-were kept until the prompts are done. The way with the least
+were kept whenever there are prompts, these and later ones. The way with the least
 
     sum of the times to the last token + MISS * expected number of missed targets
 
@@ -157,7 +157,7 @@ class Auto:
         queue = Queue(
             prompts,
             sum(prompt.work for prompt in prompts),
-            min((prompt.soon / prompt.work for prompt in prompts), default=math.inf),
+            min((prompt.soon / max(prompt.work, 1e-9) for prompt in prompts), default=math.inf),
         )
         present, held, alone = self._present, self._held, table[-1].step
         switch = self._device.switch_seconds * len(live)

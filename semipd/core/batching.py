@@ -42,8 +42,7 @@ def next_prefill(live: Live, most: int) -> tuple[int, int]:
     """(start, tokens <= most) of the prefill step that runs, or about what the next one will be."""
     if flights := live.flights[Lane.PREFILL]:
         pieces = flights[0].batch.slices
-        start, count = pieces[0].start, sum(piece.count for piece in pieces)
-        return start, count
+        return pieces[0].start, sum(piece.count for piece in pieces)
     started = [request for request in live.prefilling if request.planned < request.known]
     start = started[0].planned if started else 0
     queue = itertools.chain(started, itertools.islice(live.waiting, 8))
