@@ -18,7 +18,7 @@ import torch
 from semipd.core.errors import ConfigError
 from semipd.core.types import Lane
 from semipd.execute.backend import Pair, Side
-from semipd.execute.cuda_driver import CannotPartition, GreenContext, GreenContexts, partition_pairs
+from semipd.execute.cuda_driver import GreenContext, GreenContexts, partition_pairs
 from semipd.model.attention_flashinfer import FlashInferOps, load_flashinfer
 from semipd.model.device_model import DeviceModel
 from semipd.model.ops import Ops
@@ -66,6 +66,7 @@ class CudaBackend:
             )
         if ordinal >= torch.cuda.device_count():
             raise ConfigError(f"there is no GPU number {ordinal}")
+        gc.collect()  # what this process used the card for before may lie in cycles
         try:
             torch.cuda.set_device(ordinal)
             torch.zeros(1, device="cuda")  # creates the primary context, before any green one
@@ -89,16 +90,36 @@ class CudaBackend:
         try:
             self._contexts = GreenContexts(self.device.index)
             found = partition_pairs(self._contexts)
-        except CannotPartition as error:
-            log.warning("the GPU cannot be partitioned, both lanes share it with priorities: %s", error)
+            pairs = [
+                Pair(*(self._side(context, index) for context in (prefill, decode)))
+                for index, (decode, prefill) in enumerate(found)
+            ]
+            self._try(pairs[0])
+        except RuntimeError as error:  # CannotPartition, or a kernel or an event on these streams
+            if (why := self.lost(error)) is not None:
+                raise ConfigError(f"{why} (while the GPU was partitioned)") from error
+            line = str(error).splitlines()[0]
+            log.warning("the GPU cannot be partitioned, both lanes share it with priorities: %s", line)
+            self._give_back()
             return []
-        pairs = [
-            Pair(*(self._side(context, index) for context in (prefill, decode)))
-            for index, (decode, prefill) in enumerate(found)
-        ]
         for pair in pairs:
             log.debug("partition: prefill %d SMs, decode %d", pair.prefill.units, pair.decode.units)
         return pairs
+
+    def _try(self, pair: Pair) -> None:
+        """What every step relies on: a product on one side, then one on the other, ordered and timed by
+        events. Raises what the driver does."""
+        value = torch.ones((64, 64), device=self.device)
+        self.settle()
+        events: list[CudaEvent] = []
+        for side in (pair.prefill, pair.decode):
+            if events:
+                self.wait(side, events[-1])
+            with self.on(side):
+                value = value @ value
+            events.append(self.record(side))
+        self.settle()
+        events[1].seconds_since(events[0])
 
     def _side(self, context: GreenContext, index: int) -> Side:
         side = Side(torch.cuda.ExternalStream(context.stream, device=self.device), context.units, index)
@@ -180,7 +201,6 @@ class CudaBackend:
         torch.cuda.synchronize(self.device)
 
     def memory(self) -> tuple[int, int]:
-        gc.collect()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         return int(free), int(total)
@@ -205,6 +225,10 @@ class CudaBackend:
             torch.cuda.synchronize(self.device)
         except RuntimeError:
             return  # the context is gone, and with it all that could be given back
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Destroy the partitions; nothing runs on them any more."""
         # cuBLAS keeps a workspace for each stream that it ever saw, under the stream's address.
         torch._C._cuda_clearCublasWorkspaces()
         if self._contexts is not None:

@@ -92,7 +92,6 @@ def start_cuda(
         most_rows = states[0].buffers.hidden.shape[0]
         blocks, max_length = _pool(backend, model, shape)
         storage = DeviceStorage(backend, model, shape.slots, max_length, blocks, shape.block_size)
-        backend.settle()  # what was made so far was filled on another stream than those that read it
         costs = _Costs(backend)
         placement = Placement(
             {lane: backend.whole(lane) for lane in LANES}, backend.partition(), backend.units
@@ -121,6 +120,7 @@ def _warm_all(
     graphs = DecodeGraphs(
         backend, model, storage, decode.buffers, decode.ops, slots, GRAPH_BYTES, graph_sides
     )
+    backend.settle()  # what was made so far was filled on another stream than those that read it
     for state in states:
         _warm(backend, model, storage, state, placement.sides(state.lane))
     costs.note("warming")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,3 +82,33 @@ def test_a_card_without_partitions_is_shared(checkpoint: Path, monkeypatch: pyte
     engine = build.build_engine(settings(checkpoint, kv_blocks=64))
     assert engine.executor.device.legal_splits == ()
     engine.executor.close()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_partitions_on_which_nothing_runs_are_not_used(
+    lost: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kernel, an event or a product that fails there costs the partitions, not the start; unless it costs
+    the device."""
+
+    contexts = SimpleNamespace(closed=0)
+    contexts.close = lambda: vars(contexts).update(closed=1)
+
+    def refused(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: invalid resource handle\nCompile with TORCH_USE_CUDA_DSA")
+
+    backend = object.__new__(cuda_backend.CudaBackend)
+    backend.device, backend._partitioned = torch.device("cuda", 0), True
+    backend._contexts, backend.units = None, 132
+    monkeypatch.setattr(cuda_backend, "GreenContexts", lambda ordinal: contexts)
+    monkeypatch.setattr(cuda_backend, "partition_pairs", lambda contexts: [(None, None)])
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(backend, "_side", refused)
+    monkeypatch.setattr(backend, "lost", lambda error: "the GPU's context is lost" if lost else None)
+    if lost:
+        with pytest.raises(ConfigError, match="context is lost"):
+            backend.partition()
+        return
+    assert backend.partition() == [] and contexts.closed
+    assert "share it with priorities: CUDA error: invalid resource handle" in caplog.text
+    assert "TORCH_USE" not in caplog.text

@@ -391,9 +391,20 @@ class TestMemory:
             Bench(checkpoint, backend=backend)
         assert backend.closed
 
-    def test_what_other_streams_read_is_there_first(self, checkpoint: Path) -> None:
-        """Weights and the pool are filled on the default stream, which no stream of ours waits for."""
+    def test_what_other_streams_read_is_there_first(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Weights, the pool and the graphs' inputs are filled on the default stream, which no stream of ours
+        waits for."""
+        made, when = cuda_start.DecodeGraphs, []
+
+        def graphs(backend: FakeBackend, *rest: Any) -> Any:
+            when.append(backend.settled)
+            return made(backend, *rest)
+
+        monkeypatch.setattr(cuda_start, "DecodeGraphs", graphs)
         bench = Bench(checkpoint)
+        assert when == [0], "their inputs were filled after the last wait"
         assert bench.backend.settled == 1
         bench.executor.fill_with_noise()
         assert bench.backend.settled == 2
