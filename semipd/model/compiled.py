@@ -14,6 +14,7 @@ import torch.nn.functional as functional
 
 from semipd.model.kernels import AVX2, AVX512, FLOATS, HALVES, Kernels, LinearShape, QuantizedShape
 from semipd.model.layers import Compute, Kind
+from semipd.model.room import Room
 
 PAIR, DEPTH = 32, 32  # columns and inputs of a packed tile (csrc/linear.h)
 
@@ -54,9 +55,9 @@ class CompiledLinear(Native):
         """weight: [outputs, inputs]; in bfloat16, inputs are a multiple of 32."""
         padded = padded_to(weight)
         if tiled(weight):
-            packed = pack(*padded.view(-1, 2, 16, weight.shape[1]).unbind(1))
+            packed = pack(kernels.room, *padded.view(-1, 2, 16, weight.shape[1]).unbind(1))
         else:
-            packed = pack_floats(padded)
+            packed = pack_floats(kernels.room, padded)
         self._set(kernels, weight, packed, None if bias is None else padded_to(bias), False)
 
     def _set(
@@ -98,9 +99,9 @@ class CompiledGated(CompiledLinear):
         if gate_bias is not None and up_bias is not None:
             bias = interleaved(gate_bias, up_bias)
         if tiled(gate):
-            packed = pack(*(padded_to(x, 16).view(-1, 16, x.shape[1]) for x in (gate, up)))
+            packed = pack(kernels.room, *(padded_to(x, 16).view(-1, 16, x.shape[1]) for x in (gate, up)))
         else:
-            packed = pack_floats(interleaved(gate, up))
+            packed = pack_floats(kernels.room, interleaved(gate, up))
         self._set(kernels, gate, packed, bias, True)
 
 
@@ -133,22 +134,22 @@ def tiled(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.bfloat16
 
 
-def pack(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def pack(room: Room, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """bfloat16 [columns / 32, 16, inputs] of each of two panels
     -> [columns / 32, inputs / 32, 2 panels, 16 pairs of inputs, 16 columns, 2]."""
     pairs, inputs = first.shape[0], first.shape[2]
-    packed = torch.empty((pairs, inputs // DEPTH, 2, 16, 16), dtype=torch.int32)
+    packed = room.empty((pairs, inputs // DEPTH, 2, 16, 16), torch.int32)
     for panel, rows in enumerate((first, second)):
         words = rows.view(torch.int32)  # pairs of inputs move as one: four times as fast
         packed[:, :, panel].copy_(words.view(pairs, 16, -1, 16).permute(0, 2, 3, 1))
     return packed.view(torch.bfloat16)
 
 
-def pack_floats(weight: torch.Tensor) -> torch.Tensor:
+def pack_floats(room: Room, weight: torch.Tensor) -> torch.Tensor:
     """[columns, inputs] -> [columns / 32, inputs up to a multiple of 32, 32 columns]."""
     columns, inputs = weight.shape
     padded = functional.pad(weight, (0, -inputs % DEPTH))
-    return padded.view(columns // PAIR, PAIR, -1).transpose(1, 2).contiguous()
+    return room.keep(padded.view(columns // PAIR, PAIR, -1).transpose(1, 2))
 
 
 def padded_to(x: torch.Tensor, to: int = PAIR) -> torch.Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from semipd.model.room import Room
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,11 @@ _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
 @dataclass(frozen=True)
 class Kernels:
-    """The library and the instructions that it may use (one of the levels above)."""
+    """The library, the instructions that it may use (one of the levels above), and room for weights."""
 
     library: ctypes.CDLL
     level: int
+    room: Room = field(default_factory=Room, compare=False)
 
 
 def load_kernels(most: int = AMX) -> Kernels | None:

@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from semipd.model.compiled import PAIR, Native, interleaved, padded_to
 from semipd.model.kernels import AVX512_VNNI, QUANTIZED, Kernels, QuantizedShape
 from semipd.model.layers import Compute, Kind
+from semipd.model.room import Room
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +113,12 @@ class QuantizedLinear(Native):
     def _set(
         self, kernels: Kernels, outputs: int, matrix: Quantized, bias: torch.Tensor | None, gated: bool
     ) -> None:
-        inputs = matrix.shape[1]  # before padding
+        room, inputs = kernels.room, matrix.shape[1]  # before padding
         group = -(-matrix.group // 32) * 32 if matrix.scale.shape[1] == 1 else matrix.group
         self._width, self._groups = group * matrix.scale.shape[1], matrix.scale.shape[1]
-        self._weight = _pack(functional.pad(matrix.values, (0, self._width - inputs)), matrix.bits)
-        self._scale = _by_pair(matrix.scale)
-        self._zeros = _by_pair(matrix.zero) if isinstance(matrix.zero, torch.Tensor) else None
+        self._weight = _pack(room, functional.pad(matrix.values, (0, self._width - inputs)), matrix.bits)
+        self._scale = _by_pair(room, matrix.scale)
+        self._zeros = _by_pair(room, matrix.zero) if isinstance(matrix.zero, torch.Tensor) else None
         self._bias = None if bias is None else bias.float().contiguous()
         pairs = matrix.shape[0] // PAIR
         bias_at = None if self._bias is None else self._bias.data_ptr()
@@ -194,18 +195,18 @@ def quantized_kind(kernels: Kernels | None, dtype: torch.dtype, method: str, oth
     return Kind("quantized", linear, gated)
 
 
-def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+def _pack(room: Room, values: torch.Tensor, bits: int) -> torch.Tensor:
     """[columns, inputs] -> the layout of csrc/quantized.h."""
     columns, inputs = values.shape
     lines = values.view(columns // PAIR, 2, 16, inputs // 4, 4).permute(0, 3, 1, 2, 4)
     if bits == 8:
-        return lines.contiguous()
-    return (lines[:, :, 0] | lines[:, :, 1] << 4).contiguous()
+        return room.keep(lines)
+    return room.keep(lines[:, :, 0] | lines[:, :, 1] << 4)
 
 
-def _by_pair(x: torch.Tensor) -> torch.Tensor:
+def _by_pair(room: Room, x: torch.Tensor) -> torch.Tensor:
     """[columns, groups] -> [pairs, groups, 32]."""
-    return x.view(-1, PAIR, x.shape[1]).transpose(1, 2).contiguous()
+    return room.keep(x.view(-1, PAIR, x.shape[1]).transpose(1, 2))
 
 
 def _padded(matrix: Quantized) -> Quantized:
