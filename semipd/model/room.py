@@ -1,5 +1,5 @@
 """Memory for weights, which every step reads from end to end: on huge pages, where the system gives them to
-those that ask. On small ones a core waits for addresses, too: decoding took a tenth longer, with 4 bits a sixth.
+those that ask. On small ones a core waits for addresses, too: decoding took a tenth longer.
 """
 
 from __future__ import annotations
