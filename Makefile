@@ -3,17 +3,21 @@
 # make test      format check, lint, types, all tests
 # make test-all  the same and the slow tests
 # make test-gpu  tests that need a CUDA device, with PYTHON as it is (WHEELS=folder: unpack missing packages)
-# make bench-gpu the GPU benchmark, likewise (PARTS="steps kernels tiles offline ...")
+# make bench-gpu the GPU benchmark, likewise (both: PARTS="steps kernels tiles ..." RESULTS=folder)
+# make wheels    collect packages for such a machine without a network (WHEELS=folder PACKAGES="names")
 # make bench-sim  the simulator beside the real engine on this CPU, after a profile of it; wants a quiet machine
 # make bench-auto the same for every way under a load that changes
 
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
+RESULTS ?= build/gpu
+TARGET ?= 3.12
+PACKAGES ?= cuda-bindings cuda-pathfinder
 MODEL ?=
 BIN := $(VENV)/bin
 
-.PHONY: install serve test test-all test-gpu bench-gpu bench-sim bench-auto lint format
+.PHONY: install serve test test-all test-gpu bench-gpu wheels bench-sim bench-auto lint format
 
 install: $(VENV)/.installed
 
@@ -49,7 +53,13 @@ format: install
 
 # These two run where nothing of ours is installed; without a GPU they say so in one line and succeed.
 test-gpu:
-	WHEELS="$(WHEELS)" $(PYTHON) -m tests.gpu
+	WHEELS="$(WHEELS)" $(PYTHON) -u -m tests.gpu --results $(RESULTS) $(if $(PARTS),--parts $(PARTS))
 
 bench-gpu:
-	WHEELS="$(WHEELS)" $(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS))
+	WHEELS="$(WHEELS)" $(PYTHON) -u -m benchmarks.gpu --out $(RESULTS)/gpu.json $(if $(PARTS),--parts $(PARTS))
+
+# For Linux on x86-64 with the Python of TARGET. Dependencies are not followed: torch alone would bring gigabytes.
+wheels:
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --python-version $(TARGET) --implementation cp \
+		$(foreach n,39 35 34 31 28 27 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
+		--dest $(or $(WHEELS),build/wheels) $(PACKAGES)

@@ -19,6 +19,7 @@ def prepare() -> str | None:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(unpacked)
         sys.path.insert(0, unpacked)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (unpacked, os.environ.get("PYTHONPATH"))))
         importlib.invalidate_caches()
     # Read when the driver starts, which the question below may do; `CudaBackend` would set it too late.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")

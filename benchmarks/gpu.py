@@ -8,11 +8,12 @@ Parts, in this order:
   kernels       where the time of a layer goes, operation by operation
   tiles         other sizes for attention's kernels, beside those in use
   offline       1000 tokens in, 1000 out, 256 sequences at a time
-  transformers  its own continuous batching on the same card, and the same load on this engine
   profile       step times over shares of the card, alone and beside each other
   mixed         token streams beside long prompts, every way on the same arrivals; goodput of the best
   predicted     the same in the simulator, from that profile
+  transformers  its own continuous batching on the same card, and the same load on this engine
 Left out unless named: kernels, tiles, transformers. Without a GPU: one line and exit code 0.
+--out is written anew whenever a part, or a way of the mixed load, ends: who cuts this short loses little.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.bare import prepare
-from benchmarks.machine import deliver, describe
+from benchmarks.machine import deliver, describe, write_json
 from benchmarks.shapes import SHAPES, write_shape
 
 if TYPE_CHECKING:  # what a bare machine imports must come after `prepare`
     from semipd.execute.backend import Backend
 
-PARTS = ("steps", "kernels", "tiles", "offline", "transformers", "profile", "mixed", "predicted")
+# Last what cannot be cut short.
+PARTS = ("steps", "kernels", "tiles", "offline", "profile", "mixed", "predicted", "transformers")
 USUAL = ("steps", "offline", "profile", "mixed", "predicted")
 BUDGET = 480.0  # seconds from the start after which nothing more is begun
 
@@ -78,6 +80,7 @@ class Setup:
     say: Callable[[str], None] = print
     deadline: float = math.inf  # of time.monotonic
     profile: dict[str, Any] | None = None
+    note: Callable[[str, Any], None] = lambda part, found: None  # keeps what a part has found so far
 
     @property
     def vocabulary(self) -> int:
@@ -167,6 +170,7 @@ def run_parts(setup: Setup, parts: Sequence[str], rate: float, seconds: float) -
             continue
         if setup.left() <= 0.0:
             setup.say(f"{part} left out: the time is up")
+            setup.note(part, {"left_out": True})
             continue
         setup.say(part)
         begin = time.monotonic()
@@ -175,6 +179,7 @@ def run_parts(setup: Setup, parts: Sequence[str], rate: float, seconds: float) -
         except Exception as error:  # one part must not cost the others their time on the card
             setup.say(f"  failed: {type(error).__name__}: {error}")
             result[part] = {"error": f"{type(error).__name__}: {error}"}
+        setup.note(part, result[part])
         setup.say(f"  ({time.monotonic() - begin:.0f} s)")
     return result
 
@@ -214,8 +219,16 @@ def main(
             "gpu": device.name,
             "legal_splits": device.legal_splits,
             "start": setup.costs,
-            **run_parts(setup, options.parts, options.rate, options.seconds),
         }
+
+        def note(part: str, found: Any) -> None:
+            result[part] = found
+            if options.out:
+                write_json(options.out, result)
+
+        setup.note = note
+        note("start", setup.costs)
+        run_parts(setup, options.parts, options.rate, options.seconds)
         setup.executor.close()
     deliver(result, options.out)
     return 0

@@ -101,7 +101,8 @@ def one_offline(setup: Setup, policy: Any, count: int, prompt: int, output: int)
 
 
 def run_transformers(setup: Setup) -> dict[str, Any]:
-    """Transformers' continuous batching on the same card and shape; then the same load on this engine."""
+    """Transformers' continuous batching on the same card and shape; then the same load on this engine. Its
+    attention is torch's own (sdpa): the others are packages, or downloads."""
     import torch
     import transformers
 
@@ -118,6 +119,8 @@ def run_transformers(setup: Setup) -> dict[str, Any]:
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=True
     )
     made = model.eval().generate_batch(prompts, generation_config=generation)
+    if len(made) < count or any(output.error is not None for output in made.values()):
+        raise RuntimeError(f"transformers finished {len(made)} of {count} requests; its log says why")
     # From the first request to the end of the last: without its own warming up, as ours is without.
     begin = min(output.created_time for output in made.values())
     seconds = max(output.lifespan[1] for output in made.values()) - begin
@@ -208,6 +211,7 @@ def run_mixed(setup: Setup, rate: float, seconds: float) -> dict[str, Any]:
             continue
         rows[name] = one_mixed(setup, policy(), load, rate, most)
         show(setup, name, rows[name], rate)
+        setup.note("mixed", {"rate": rate, "seconds": seconds, "rows": rows, "unfinished": True})
     chosen = chosen_ways(rows)
     if len(chosen) < 2:
         return {"rate": rate, "seconds": seconds, "rows": rows}

@@ -26,8 +26,16 @@ def describe() -> dict[str, Any]:
 def deliver(result: dict[str, Any], out: Path | None) -> None:
     """Print the last line, and write the same to a file if one is named."""
     if out:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(out, result)
     print(json.dumps(result))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write all of it or nothing, so that whoever is ended meanwhile leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _cpuinfo() -> str:

@@ -87,8 +87,24 @@ def test_a_part_that_fails_or_comes_too_late_costs_no_other(
     found = run(tmp_path, "--parts", "steps", "offline")
     assert found["offline"] == {"error": "RuntimeError: CUDA error: out of resources"} and found["steps"]
     monkeypatch.setattr(gpu, "BUDGET", 0.0)
-    assert "steps" not in run(tmp_path, "--parts", "steps")
+    assert run(tmp_path, "--parts", "steps")["steps"] == {"left_out": True}
     assert "steps left out: the time is up" in capsys.readouterr().out
+
+
+def test_what_was_found_is_kept_when_the_rest_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lent card's limit ends the process in the middle of a part."""
+
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_load, "chosen_ways", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--parts", "steps", "mixed")
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert kept["steps"]["prefill 64"] > 0 and kept["legal_splits"] and kept["start"]
+    assert "chunked 16" in kept["mixed"]["rows"] and kept["mixed"]["unfinished"]
 
 
 def test_without_a_gpu_it_says_so(
