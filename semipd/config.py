@@ -27,6 +27,7 @@ QUANTIZATIONS = ("none", "int8", "int4")
 MAX_CLASSES = 16
 NEUTRAL_CLASSES = ("auto", "default")  # names that a request may give to say nothing
 LOG_LEVELS = ("debug", "info", "warning", "error")
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3", "mistral", "none")
 
 _CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -190,6 +191,12 @@ class ServerConfig:
     )
     max_queued_tokens: int = _setting(
         2**20, "their prompt tokens; more are refused (429)", "size", low=1, high=2**40
+    )
+    tool_call_parser: str = _setting(
+        "auto",
+        "how the model writes calls of tools (auto: as its chat template does; none: not looked for)",
+        "choice",
+        choices=TOOL_CALL_PARSERS,
     )
     record_trace: str | None = _setting(
         None, "append times and lengths of requests to this file, for semipd simulate", metavar="FILE"

@@ -18,7 +18,7 @@ from semipd.core.errors import ConfigError, Refused, SemipdError
 from semipd.serve.errors import ApiError, body_of
 from semipd.serve.gate import Limits, Ticket
 from semipd.serve.generation import Plan, generate
-from semipd.serve.replies import DONE, ChatReply, Choice, CompletionReply, Usage
+from semipd.serve.replies import DONE, ChatReply, Choice, CompletionReply, Extras, Usage
 from semipd.serve.schema import ChatBody, CompletionBody, StreamOptions, logprobs_of, parse
 from semipd.serve.scores import ScoreForms
 from semipd.serve.service import Service
@@ -74,7 +74,7 @@ class Answer(Response):
                 plan = await self._plan(body)
                 ticket.hold([submit.prompt_tokens for submit in plan.submits])
                 answer = self._stream if body.stream else self._whole
-                await answer(plan, self._reply(body), ticket, send)
+                await answer(plan, self._reply(body, plan), ticket, send)
         except TimeoutError:
             await self._fail(_late(patience), send)
         except SemipdError as error:
@@ -85,17 +85,18 @@ class Answer(Response):
             return await self._service.plan_chat(body, self._arrived)
         return await self._service.plan_completion(body, self._arrived)
 
-    def _reply(self, body: CompletionBody | ChatBody) -> CompletionReply:
+    def _reply(self, body: CompletionBody | ChatBody, plan: Plan) -> CompletionReply:
         options = body.stream_options or StreamOptions()
         usage = "none"
         if options.include_usage:
             usage = "all" if options.continuous_usage_stats else "last"
         kind = ChatReply if isinstance(body, ChatBody) else CompletionReply
-        forms = [
+        output, prompt = (
             None if best is None else ScoreForms(self._service.tokenizer, best)
             for best in (logprobs_of(body), body.prompt_logprobs)
-        ]
-        return kind(self._service.name, usage, *forms)
+        )
+        extras = Extras(output, prompt, bool(body.return_token_ids))
+        return kind(self._service.name, plan.submits, usage, extras, body.request_id)
 
     async def _stream(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:
         tally = _Tally(plan, ticket)
@@ -106,7 +107,7 @@ class Answer(Response):
                     # Only now: whatever went wrong before the first token got a status of its own.
                     self._streaming = True
                     await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
-                    body = reply.first(len(plan.submits), tally.usage)
+                    body = reply.first(tally.usage)
                 for delta in deltas:
                     tally.count(delta)
                     body += reply.event(delta, tally.usage)
@@ -115,7 +116,7 @@ class Answer(Response):
 
     async def _whole(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:
         tally = _Tally(plan, ticket)
-        choices = [Choice(prompt=submit.prompt_ids) for submit in plan.submits]
+        choices = [Choice() for _ in plan.submits]
         async with self._generate(plan) as groups:
             async for deltas in groups:
                 for delta in deltas:

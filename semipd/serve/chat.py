@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -23,17 +23,23 @@ from jinja2.utils import Namespace
 from semipd.core.errors import ConfigError, Refused
 from semipd.serve.tokenizer import Tokenizer
 
-Message = Mapping[str, str]  # role and content
+Message = Mapping[str, Any]  # role, content and what conversation.messages_of adds
+TOOL_USE = "tool_use"  # the name of a second template, for conversations with tools
 
 
 class ChatTemplate:
-    """A model's chat template, compiled once. Safe to use from several threads."""
+    """A model's chat template, compiled once. Safe to use from several threads.
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        try:
-            self._template = _environment().from_string(source)
-        except TemplateSyntaxError as error:
-            raise ConfigError(f"the chat template has an error on line {error.lineno}: {error}") from None
+    tool_source: the template for conversations with tools; None where the model takes none."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, with_tools: str | None = None) -> None:
+        """with_tools: a second template, for conversations with tools."""
+        self._template, takes_tools = _compiled(source)
+        self.tool_source = source if takes_tools else None
+        self._with_tools = self._template
+        if with_tools is not None:
+            self._with_tools, _ = _compiled(with_tools)
+            self.tool_source = with_tools
         self._tokenizer = tokenizer
         # Longest first, so that a token that begins with another is seen whole.
         texts = sorted(tokenizer.special, key=len, reverse=True)
@@ -45,7 +51,12 @@ class ChatTemplate:
             if (text := tokenizer.named_special(name)) is not None
         }
 
-    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Ids of the rendered conversation. Raises Refused when the template refuses the messages."""
         mark = f"\ue000{secrets.token_hex(8)}:"
         hidden: list[str] = []
@@ -54,10 +65,14 @@ class ChatTemplate:
             hidden.append(match[0])
             return f"{mark}{len(hidden) - 1}\ue001"
 
-        safe = [
-            {key: self._special.sub(hide, text) for key, text in message.items()} for message in messages
-        ]
-        text = self._render(safe, add_generation_prompt)
+        def safe(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._special.sub(hide, value)
+            if isinstance(value, Mapping):
+                return {safe(key): safe(part) for key, part in value.items()}
+            return [safe(part) for part in value] if isinstance(value, list) else value
+
+        text = self._render(safe(list(messages)), add_generation_prompt, safe(list(tools)))
         if not hidden:
             ids = self._tokenizer.encode_trusted(text)
             if self._specials_in(ids) == self._specials_of(text):
@@ -84,12 +99,13 @@ class ChatTemplate:
                 end = match.end()
         return ids
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Any], add_generation_prompt: bool, tools: list[Any]) -> str:
+        template = self._with_tools if tools else self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=tools or None,
                 documents=None,
                 **self._names,
             )
@@ -101,23 +117,44 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template in chat_template.jinja or tokenizer_config.json; None for a model without one."""
-    source = _template_source(folder, tokenizer.config)
-    return ChatTemplate(source, tokenizer) if source is not None else None
+    """The template in chat_template.jinja or tokenizer_config.json, and the one for tools where that is
+    another; None for a model without one."""
+    named = _named_templates(tokenizer.config)
+    source = _read(folder / "chat_template.jinja") or named.get("default")
+    with_tools = _read(folder / "additional_chat_templates" / f"{TOOL_USE}.jinja") or named.get(TOOL_USE)
+    return ChatTemplate(source, tokenizer, with_tools) if source is not None else None
 
 
-def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from None
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    return source if isinstance(source, str) else None
+def _named_templates(config: Mapping[str, Any]) -> dict[str, str]:
+    """Those of tokenizer_config.json, which holds one or a list with names."""
+    given = config.get("chat_template")
+    if not isinstance(given, list):
+        return {"default": given} if isinstance(given, str) else {}
+    entries = [entry for entry in given if isinstance(entry, dict)]
+    return {
+        str(entry.get("name")): entry["template"]
+        for entry in entries
+        if isinstance(entry.get("template"), str)
+    }
+
+
+def _read(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def _compiled(source: str) -> tuple[Template, bool]:
+    """The template, and whether it looks at `tools`."""
+    environment = _environment()
+    try:
+        names = meta.find_undeclared_variables(environment.parse(source))
+        return environment.from_string(source), "tools" in names
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template has an error on line {error.lineno}: {error}") from None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

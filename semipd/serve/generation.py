@@ -15,11 +15,12 @@ from semipd.core import keys
 from semipd.core.errors import Refused
 from semipd.core.types import Sampling
 from semipd.serve.alignment import Alignment
+from semipd.serve.calls import CallRule
 from semipd.serve.messages import EngineInfo, Submit
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import SamplingParams
 from semipd.serve.session import Session
-from semipd.serve.text import Delta, Echo, TextStream
+from semipd.serve.text import Delta, Echo, TextStream, find_calls
 from semipd.serve.tokenizer import Tokenizer
 
 _WORD = 2**64
@@ -29,13 +30,15 @@ _WORD = 2**64
 class Plan:
     """Requests ready to be submitted. Prompt p's choice c is request p * params.n + c.
 
-    echoes: of each request, where prompts are to be repeated. told: whether the tokens of the texts are."""
+    echoes: of each request, where prompts are to be repeated. told: whether the tokens of the texts are.
+    calls: how those of tools are found in a text, where they are."""
 
     submits: list[Submit]
     params: list[SamplingParams]  # of each request, complete
     prompt_tokens: int  # of all prompts, each counted once
     echoes: Sequence[Echo] = ()
     told: bool = False
+    calls: CallRule | None = None
 
 
 class RequestMaker:
@@ -182,16 +185,30 @@ async def generate(
             plan.echoes[index] if plan.echoes else None,
             Alignment() if plan.told and params.logprobs is not None else None,
             submit.prompt_tokens,
+            params.include_stop_str_in_output,
+            _shown(tokenizer, params, plan.calls),
         )
         for index, (params, submit) in enumerate(zip(plan.params, plan.submits, strict=True))
     ]
+    finders = [plan.calls.finder() for _ in plan.submits] if plan.calls is not None else []
     with session.submit(plan.submits) as stream:
         async for pieces in stream:
             deltas = [texts[piece.index].feed(piece) for piece in pieces]
             for delta in deltas:
+                if finders:
+                    find_calls(finders[delta.index], delta)
                 if delta.finish is not None:
                     stream.stop(delta.index)
             yield deltas
+
+
+def _shown(tokenizer: Tokenizer | None, params: SamplingParams, calls: CallRule | None) -> frozenset[int]:
+    """Special tokens that have a text: all, or those that calls are made of."""
+    if tokenizer is None:
+        return frozenset()
+    if not params.skip_special_tokens:
+        return frozenset(tokenizer.special.values())
+    return tokenizer.shown(calls.form.marks) if calls is not None else frozenset()
 
 
 def mix(seed: int, number: int) -> int:

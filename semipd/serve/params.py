@@ -25,6 +25,7 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 (or -1) is no limit. seed: any int64; without one, requests differ.
     stop: strings that end the text and are left out of it. stop_token_ids: token ids that do the same.
+    include_stop_str_in_output: leave them in. skip_special_tokens: False gives special tokens a text, too.
     ignore_eos: go on after end-of-sequence. min_tokens: none of these may end it earlier.
     max_tokens: None is as many as fit. n: continuations per prompt.
     presence_penalty, frequency_penalty: taken off the logits of tokens that were produced, once, and for
@@ -46,6 +47,8 @@ class SamplingParams:
     seed: int | None = None
     stop: str | tuple[str, ...] | list[str] = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     min_tokens: int = 0
     max_tokens: int | None = 16
@@ -78,8 +81,9 @@ class SamplingParams:
         _whole("priority", self.priority, -(2**31), 2**31 - 1)
         if self.service_tier is not None and not isinstance(self.service_tier, str):
             raise Refused("service_tier must be a string", "service_tier")
-        if not isinstance(self.ignore_eos, bool):
-            raise Refused("ignore_eos must be true or false", "ignore_eos")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise Refused(f"{name} must be true or false", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise Refused(
                 f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})", "min_tokens"

@@ -12,6 +12,8 @@ import msgspec
 
 from semipd.core.types import Score
 from semipd.serve.alignment import Told
+from semipd.serve.calls import Call
+from semipd.serve.messages import Submit
 from semipd.serve.scores import ScoreForms
 from semipd.serve.text import Delta
 
@@ -41,43 +43,59 @@ class Usage:
 
 @dataclass(slots=True)
 class Choice:
-    """One continuation as it stands. texts: to be joined. prompt_scores: of `prompt`, where asked for."""
+    """One continuation as it stands. texts: to be joined. prompt_scores: where asked for."""
 
     texts: list[str] = field(default_factory=list)
     finish: str | None = None
+    tokens: list[int] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
-    prompt: Sequence[int] = ()
     prompt_scores: list[Score] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.finish = delta.finish
+        self.tokens += delta.tokens
         self.told += delta.told
         self.prompt_scores += delta.prompt_scores
+        self.calls += delta.calls
 
     @property
     def text(self) -> str:
         return "".join(self.texts)
 
 
-class CompletionReply:
-    """/v1/completions. usage: "none", "last" (in a chunk of its own), or "all" (in every chunk too).
+@dataclass(frozen=True)
+class Extras:
+    """What is told besides the text. logprobs, prompt_logprobs: how; None: they are not."""
 
-    logprobs, prompt_logprobs: how those are told; None: they are not."""
+    logprobs: ScoreForms | None = None
+    prompt_logprobs: ScoreForms | None = None
+    token_ids: bool = False
+
+
+class CompletionReply:
+    """/v1/completions. submits: the requests whose tokens these are, by index of their choices.
+
+    usage: "none", "last" (in a chunk of its own), or "all" (in every chunk too)."""
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
     def __init__(
         self,
         model: str,
+        submits: Sequence[Submit],
         usage: str = "none",
-        logprobs: ScoreForms | None = None,
-        prompt_logprobs: ScoreForms | None = None,
+        extras: Extras = Extras(),
+        request_id: str | None = None,
     ) -> None:
+        """request_id: the client's own, instead of a random one."""
+        self._submits = submits
         self._usage = usage
-        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
+        self._extras = extras
+        self._begun: set[int] = set()  # choices of which something was told
         self._head = {
-            "id": self.prefix + secrets.token_hex(12),
+            "id": self.prefix + (request_id or secrets.token_hex(12)),
             "object": self.chunk,
             "created": int(time.time()),
             "model": model,
@@ -88,16 +106,24 @@ class CompletionReply:
     def complete(self, choices: list[Choice], usage: Usage) -> bytes:
         """The whole answer."""
         entries = [self._whole_choice(index, choice) for index, choice in enumerate(choices)]
-        return _encode(self._head | {"object": self.whole, "choices": entries, "usage": usage.plain()})
+        head = self._head | {"object": self.whole, "choices": entries, "usage": usage.plain()}
+        return _encode(head | self._prompt_of_all())
 
-    def first(self, count: int, usage: Usage) -> bytes:
+    def first(self, usage: Usage) -> bytes:
         """Events before the first token."""
         return b""
 
     def event(self, delta: Delta, usage: Usage) -> bytes:
         """One chunk."""
         finish = b"null" if delta.finish is None else b'"%s"' % delta.finish.encode()
-        return b"%s%s%s" % (self._start, self._chunk_choice(delta, finish), self._end(usage))
+        entry = b'{"index":%d,%s,"logprobs":%s,"finish_reason":%s%s}' % (
+            delta.index,
+            self._gain(delta),
+            _encode(self._logprobs(delta.told)) if delta.told else b"null",
+            finish,
+            self._chunk_extras(delta),
+        )
+        return b"%s%s%s" % (self._start, entry, self._end(usage))
 
     def last(self, usage: Usage) -> bytes:
         """Events after the last token."""
@@ -105,37 +131,59 @@ class CompletionReply:
             return DONE
         return b'%s],"usage":%s}\n\n%s' % (self._start, _encode(usage.plain()), DONE)
 
-    def _end(self, usage: Usage) -> bytes:
+    def _end(self, usage: Usage, more: bytes = b"") -> bytes:
         if self._usage == "none":
-            return b"]}\n\n"
+            return b"]%s}\n\n" % more
         counts = _encode(usage.plain()) if self._usage == "all" else b"null"
-        return b'],"usage":%s}\n\n' % counts
+        return b']%s,"usage":%s}\n\n' % (more, counts)
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        told = self._told(choice.told)
-        entry = {"index": index, "text": choice.text, "logprobs": told, "finish_reason": choice.finish}
-        return entry | self._prompt_told(choice)
+        entry = {
+            "index": index,
+            **self._said(choice),
+            "logprobs": self._logprobs(choice.told),
+            "finish_reason": choice.finish,
+        }
+        return entry | self._choice_extras(index, choice.tokens, choice.prompt_scores, first=True)
 
-    def _chunk_choice(self, delta: Delta, finish: bytes) -> bytes:
-        text, told = _encode(delta.text), self._chunk_told(delta)
-        return b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % (
-            delta.index,
-            text,
-            told,
-            finish,
-        )
+    def _said(self, choice: Choice) -> dict[str, Any]:
+        """The text, where this API has it."""
+        return {"text": choice.text}
 
-    def _told(self, told: Sequence[Told]) -> dict[str, Any] | None:
-        return None if self._logprobs is None else self._logprobs.completion(told)
+    def _gain(self, delta: Delta) -> bytes:
+        """The same of a chunk, as JSON without its braces."""
+        return b'"text":' + _encode(delta.text)
 
-    def _chunk_told(self, delta: Delta) -> bytes:
-        return _encode(self._told(delta.told)) if delta.told else b"null"
+    def _logprobs(self, told: Sequence[Told]) -> dict[str, Any] | None:
+        forms = self._extras.logprobs
+        return None if forms is None else forms.completion(told)
 
-    def _prompt_told(self, choice: Choice) -> dict[str, Any]:
-        forms = self._prompt_logprobs
-        return (
-            {} if forms is None else {"prompt_logprobs": forms.prompt(choice.prompt, choice.prompt_scores)}
-        )
+    def _chunk_extras(self, delta: Delta) -> bytes:
+        first = delta.index not in self._begun
+        self._begun.add(delta.index)
+        extras = self._choice_extras(delta.index, delta.tokens, delta.prompt_scores, first)
+        return b"," + _encode(extras)[1:-1] if extras else b""
+
+    def _choice_extras(
+        self, index: int, tokens: Sequence[int], prompt_scores: Sequence[Score], first: bool
+    ) -> dict[str, Any]:
+        """first: whether nothing was told of this choice before."""
+        entry: dict[str, Any] = {}
+        forms = self._extras.prompt_logprobs
+        if first and forms is not None:
+            entry["prompt_logprobs"] = forms.prompt(self._submits[index].prompt_ids, prompt_scores)
+        if self._extras.token_ids:
+            if first:
+                entry |= self._prompt_of_choice(index)
+            entry["token_ids"] = tokens
+        return entry
+
+    def _prompt_of_choice(self, index: int) -> dict[str, Any]:
+        return {"prompt_token_ids": self._submits[index].prompt_ids.tolist()}
+
+    def _prompt_of_all(self) -> dict[str, Any]:
+        """The prompt, where this API has one for all choices."""
+        return {}
 
 
 class ChatReply(CompletionReply):
@@ -143,25 +191,40 @@ class ChatReply(CompletionReply):
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def first(self, count: int, usage: Usage) -> bytes:
+    def first(self, usage: Usage) -> bytes:
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-        end = self._end(usage)
-        return b"".join(b'%s{"index":%d,%s%s' % (self._start, i, delta, end) for i in range(count))
+        events = []
+        for index in range(len(self._submits)):
+            prompt = _encode(self._prompt_of_all())[1:-1] if index == 0 else b""
+            end = self._end(usage, b"," + prompt if prompt else b"")
+            events.append(b'%s{"index":%d,%s%s' % (self._start, index, delta, end))
+        return b"".join(events)
 
-    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text}
-        told = self._told(choice.told)
-        entry = {"index": index, "message": message, "logprobs": told, "finish_reason": choice.finish}
-        return entry | self._prompt_told(choice)
+    def _said(self, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if choice.calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = [_call(call) for call in choice.calls]
+        return {"message": message}
 
-    def _chunk_choice(self, delta: Delta, finish: bytes) -> bytes:
-        text, told = _encode(delta.text), self._chunk_told(delta)
-        return b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":%s}' % (
-            delta.index,
-            text,
-            told,
-            finish,
-        )
+    def _gain(self, delta: Delta) -> bytes:
+        if not delta.calls:
+            return b'"delta":{"content":%s}' % _encode(delta.text)
+        content = {"content": delta.text} if delta.text else {}
+        calls = [{"index": call.index, **_call(call)} for call in delta.calls]
+        return b'"delta":' + _encode(content | {"tool_calls": calls})
 
-    def _told(self, told: Sequence[Told]) -> dict[str, Any] | None:
-        return None if self._logprobs is None else self._logprobs.chat(told)
+    def _logprobs(self, told: Sequence[Told]) -> dict[str, Any] | None:
+        forms = self._extras.logprobs
+        return None if forms is None else forms.chat(told)
+
+    def _prompt_of_choice(self, index: int) -> dict[str, Any]:
+        return {}
+
+    def _prompt_of_all(self) -> dict[str, Any]:
+        return super()._prompt_of_choice(0) if self._extras.token_ids else {}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -8,20 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from semipd.core.errors import Refused
+from semipd.serve.conversation import ChatMessage, NamedChoice, Tool
 from semipd.serve.params import MAX_BIASES, MAX_LOGPROBS
 
 MAX_VALUES = 2**20  # commas and brackets of a body: no list in it is longer
 MAX_NEUTRAL_BYTES = 1024
 MAX_SEARCHED_BYTES = 2**16
 MAX_PROMPTS = 1024
-MAX_MESSAGES = 4096
-ROLES = ("system", "developer", "user", "assistant")
 
 _ABSENT: tuple[Any, ...] = (None,)
 
@@ -44,7 +43,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_grammar": _ABSENT,
     "guided_json": _ABSENT,
     "guided_regex": _ABSENT,
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": _ABSENT,
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -56,12 +54,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_cache_key": _ABSENT,
     "prompt_embeds": _ABSENT,
     "reasoning_effort": _ABSENT,
-    "request_id": _ABSENT,
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "safety_identifier": _ABSENT,
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "structured_outputs": _ABSENT,
@@ -69,7 +64,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
-    "truncate_prompt_tokens": _ABSENT,
     "use_beam_search": (False,),
     "verbosity": _ABSENT,
     "web_search_options": _ABSENT,
@@ -88,7 +82,10 @@ class StreamOptions(_Body, kw_only=True):
 
 
 class GenerationBody(_Body, kw_only=True):
-    """What completions and chat completions have in common. null means the default."""
+    """What completions and chat completions have in common. null means the default.
+
+    truncate_prompt_tokens: at most so many of the prompt's last tokens count; -1: as many as there is room
+    for. request_id: becomes part of the answer's id."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -113,6 +110,11 @@ class GenerationBody(_Body, kw_only=True):
     user: str | None = None
     service_tier: str | None = None
     priority: int | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool | None = None
+    request_id: str | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -125,31 +127,14 @@ class CompletionBody(GenerationBody, kw_only=True):
     echo: bool | None = None
 
 
-class TextPart(_Body, kw_only=True):
-    """A part of a message's content."""
-
-    type: str
-    text: str
-
-
-class ChatMessage(_Body, kw_only=True):
-    """One turn. The other fields are in answers that clients send back; here they hold nothing."""
-
-    role: str
-    content: str | list[TextPart]
-    name: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
-    refusal: None = None
-    tool_calls: None = None
-
-
 class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions. top_logprobs: how many of the likeliest tokens to tell of at each
-    position; needs logprobs."""
+    position; needs logprobs. parallel_tool_calls: false ends the answer with its first call."""
 
     messages: list[ChatMessage]
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -161,6 +146,7 @@ class TokenizeBody(_Body, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -312,30 +298,6 @@ def biases_of(body: GenerationBody) -> tuple[tuple[int, float], ...]:
         if not _TOKEN_ID.fullmatch(name):
             raise Refused(f"logit_bias names {name[:20]!r}, not a token id", "logit_bias")
     return tuple((int(name), bias) for name, bias in given.items())
-
-
-def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Messages as a chat template takes them: content as one text. Raises Refused."""
-    if not messages:
-        raise Refused("messages is empty", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise Refused(f"at most {MAX_MESSAGES} messages", "messages")
-    return [{"role": _role(message.role), "content": _text(message.content)} for message in messages]
-
-
-def _role(role: str) -> str:
-    if role not in ROLES:
-        raise Refused(f"the role of a message must be one of {', '.join(ROLES)}", "messages")
-    return role
-
-
-def _text(content: str | list[TextPart]) -> str:
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if part.type != "text":
-            raise Refused(f"content of type {part.type[:40]!r} is not supported", "messages")
-    return "\n".join(part.text for part in content)
 
 
 def body_schemas(*answers: type[msgspec.Struct]) -> Mapping[str, Any]:

@@ -66,7 +66,8 @@ def run_server(config: Config, engine: EngineProcess) -> int:
                 folder, config.model.seed, config.cache.prefix_cache, config.policy.classes or ()
             )
             limits = Limits.of(config.server)
-            service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits)
+            parser = config.server.tool_call_parser
+            service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits, parser)
             return asyncio.run(_Server(config, service, listener).run())
         finally:
             link.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,32 +11,33 @@ from typing import Any, TypeVar
 
 from semipd.core.errors import EngineDead, Refused
 from semipd.serve.chat import ChatTemplate
+from semipd.serve.conversation import ChatMessage, messages_of, texts_of, tools_of
 from semipd.serve.errors import ApiError
 from semipd.serve.gate import Gate, Limits
 from semipd.serve.generation import Plan, RequestMaker
 from semipd.serve.messages import EngineInfo
 from semipd.serve.model_folder import ModelFolder
-from semipd.serve.params import SamplingParams
+from semipd.serve.params import MAX_TOKEN_ID, SamplingParams
 from semipd.serve.schema import (
     ChatBody,
-    ChatMessage,
     CompletionBody,
     DetokenizeBody,
     GenerationBody,
     TokenizeBody,
     biases_of,
     logprobs_of,
-    messages_of,
     prompts_of,
 )
 from semipd.serve.session import Session
 from semipd.serve.text import Echo
 from semipd.serve.tokenizer import Tokenizer
+from semipd.serve.tool_use import ToolUse
 
 MAX_SALT = 256
 MAX_TEXT = 2**21  # characters for /tokenize
 MAX_USER = 1024
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
 TOKENIZER_THREADS = 2
 MAX_PROMPT_NUMBERS = 2**20  # log probabilities of one answer: they come at once
 MAX_NUMBERS = 2**22  # of produced tokens: they come one by one
@@ -55,6 +57,7 @@ class Service:
         maker: RequestMaker,
         session: Session,
         limits: Limits,
+        tool_call_parser: str = "auto",
     ) -> None:
         self.name = name
         self.model = model
@@ -62,6 +65,7 @@ class Service:
         self.session = session
         self.gate = Gate(limits)
         self._chat = chat
+        self._tool_use = ToolUse(chat, tool_call_parser)
         self._maker = maker
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
@@ -89,9 +93,10 @@ class Service:
 
         def work() -> Plan:
             prompts = prompts_of(body)
-            ids = [self._ids(prompt, engine.limit) for prompt in prompts]
+            whole = body.truncate_prompt_tokens is None
+            ids = [self._ids(prompt, engine.limit, body) for prompt in prompts]
             plan = self._maker.plan(ids, params, engine, salt, arrived)
-            echoes = self._echoes(prompts, ids, params.n, alone) if body.echo else []
+            echoes = self._echoes(prompts, ids, params.n, alone, whole) if body.echo else []
             return replace(_bounded(plan), echoes=echoes, told=True)
 
         return await self._off_loop(work)
@@ -109,10 +114,13 @@ class Service:
         engine, salt = self.engine(), _salt(body)
 
         def work() -> Plan:
-            messages = self._messages(body.messages, engine.limit)
+            tools, calls = self._tool_use.of(body)
+            cut = body.truncate_prompt_tokens is not None
+            messages = self._messages(body.messages, tools, None if cut else engine.limit)
             params = params_of(body, asked, None)
-            plan = self._maker.plan([chat.encode(messages)], params, engine, salt, arrived)
-            return replace(_bounded(plan), told=True)
+            ids = _last(chat.encode(messages, tools=tools), body, asked, engine.limit)
+            plan = self._maker.plan([ids], params, engine, salt, arrived)
+            return replace(_bounded(plan), told=True, calls=calls)
 
         try:
             return await self._off_loop(work)
@@ -132,7 +140,11 @@ class Service:
 
         def work() -> dict[str, Any]:
             if chat is not None:
-                ids = chat.encode(self._messages(body.messages or (), limit), body.add_generation_prompt)
+                tools = tools_of(body.tools)
+                if tools:
+                    self._tool_use.check()
+                messages = self._messages(body.messages or (), tools, limit)
+                ids = chat.encode(messages, body.add_generation_prompt, tools)
             else:
                 ids = self._encode_any(body.prompt or "", body.add_special_tokens)
             answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
@@ -148,18 +160,31 @@ class Service:
             raise Refused(f"token ids run from 0 to {self.model.vocabulary - 1}", "tokens")
         return await self._off_loop(lambda: self.tokenizer.decode(tokens))
 
-    def _ids(self, prompt: str | list[int], limit: int) -> list[int]:
+    def _ids(self, prompt: str | list[int], limit: int, body: CompletionBody) -> list[int]:
         if isinstance(prompt, list):
-            return prompt
-        self.tokenizer.check_size(prompt, limit, "prompt")
-        return self.tokenizer.encode(prompt)
+            ids = prompt
+        elif body.truncate_prompt_tokens is not None:
+            ids = self._encode_any(prompt)
+        else:
+            self.tokenizer.check_size(prompt, limit, "prompt")
+            ids = self.tokenizer.encode(prompt)
+        return _last(ids, body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, limit)
 
     def _echoes(
-        self, prompts: Sequence[str | list[int]], ids: Sequence[list[int]], choices: int, alone: bool
+        self,
+        prompts: Sequence[str | list[int]],
+        ids: Sequence[list[int]],
+        choices: int,
+        alone: bool,
+        whole: bool,
     ) -> list[Echo]:
-        """Each prompt, as often as it has choices."""
+        """Each prompt, as often as it has choices. whole: as it was given, for nothing was cut off."""
         echoes = [
-            Echo(prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt), tokens, alone)
+            Echo(
+                prompt if isinstance(prompt, str) and whole else self.tokenizer.decode(tokens),
+                tokens,
+                alone,
+            )
             for prompt, tokens in zip(prompts, ids, strict=True)
         ]
         return [echo for echo in echoes for _ in range(choices)]
@@ -169,13 +194,20 @@ class Service:
             raise Refused("this model has no chat template; use /v1/completions", "messages")
         return self._chat
 
-    def _messages(self, messages: Sequence[ChatMessage], limit: int) -> list[dict[str, str]]:
-        """As a template takes them, unless their texts cannot fit together."""
+    def _messages(
+        self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]], limit: int | None
+    ) -> list[dict[str, Any]]:
+        """As a template takes them, unless their texts and those of the tools cannot fit together."""
         plain = messages_of(messages)
-        self.tokenizer.check_size("".join(message["content"] for message in plain), limit, "messages")
+        texts = "".join(text for message in plain for text in texts_of(message["content"]))
+        texts += "".join(texts_of([message.get("tool_calls", ()) for message in plain]) + texts_of(tools))
+        if limit is not None:
+            self.tokenizer.check_size(texts, limit, "messages")
+        elif len(texts) > MAX_TEXT:
+            raise Refused(f"messages of {len(texts)} characters; at most {MAX_TEXT}", "messages")
         return plain
 
-    def _encode_any(self, text: str, add_special: bool) -> list[int]:
+    def _encode_any(self, text: str, add_special: bool = True) -> list[int]:
         """Of any text, also one that is too long for the model."""
         if len(text) > MAX_TEXT:
             raise Refused(f"a text of {len(text)} characters; at most {MAX_TEXT} are tokenised", "prompt")
@@ -191,8 +223,8 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         raise Refused(f"user is longer than {MAX_USER} characters", "user")
     if body.stream_options is not None and not body.stream:
         raise Refused("stream_options need stream: true", "stream_options")
-    if body.stream and body.prompt_logprobs is not None:
-        raise Refused("prompt_logprobs are not told in a stream", "prompt_logprobs")
+    if body.request_id is not None and not REQUEST_ID.fullmatch(body.request_id):
+        raise Refused("request_id must have 1 to 128 characters, of ASCII without blanks", "request_id")
     logprobs, of_prompt = logprobs_of(body), body.prompt_logprobs
     if isinstance(body, CompletionBody) and body.echo and logprobs is not None:
         of_prompt = max(logprobs, of_prompt or 0)
@@ -204,6 +236,8 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         seed=body.seed,
         stop=() if body.stop is None else body.stop,
         stop_token_ids=() if body.stop_token_ids is None else body.stop_token_ids,
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
         ignore_eos=bool(body.ignore_eos),
         min_tokens=body.min_tokens or 0,
         max_tokens=default if max_tokens is None else max_tokens,
@@ -217,6 +251,20 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         service_tier=body.service_tier,
         priority=body.priority,
     )
+
+
+def _last(ids: list[int], body: GenerationBody, max_tokens: int | None, limit: int) -> list[int]:
+    """As many of a prompt's last tokens as the body wants. limit: most tokens of prompt and output."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if most == -1:
+        most = max(limit - (max_tokens or 1), 1)
+    if not 1 <= most <= MAX_TOKEN_ID:
+        raise Refused(
+            f"truncate_prompt_tokens must be -1, or 1 to {MAX_TOKEN_ID}", "truncate_prompt_tokens"
+        )
+    return ids[-most:]
 
 
 def _bounded(plan: Plan) -> Plan:

@@ -12,8 +12,10 @@ class StopFinder:
     ends first counts, and of those the longest.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        """include: whether the stop string itself is passed on too."""
         self._stops = stops
+        self._include = include
         self._held = ""
         self.found = False
 
@@ -26,7 +28,7 @@ class StopFinder:
         if match is not None:
             self.found = True
             self._held = ""
-            return text[:match]
+            return text[: match[1] if self._include else match[0]]
         keep = self._partial(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -36,14 +38,14 @@ class StopFinder:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, text: str) -> int | None:
-        """Where the match starts that ends first."""
+    def _first_match(self, text: str) -> tuple[int, int] | None:
+        """Where the match that ends first starts and ends."""
         best: tuple[int, int] | None = None
         for stop in self._stops:
             start = text.find(stop)
             if start >= 0 and (best is None or (start + len(stop), start) < best):
                 best = start + len(stop), start
-        return best[1] if best else None
+        return (best[1], best[0]) if best else None
 
     def _partial(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from semipd.core.types import FinishReason, Score
 from semipd.serve.alignment import Alignment, Told
+from semipd.serve.calls import Call, CallFinder
 from semipd.serve.session import Piece
 from semipd.serve.stops import StopFinder
 from semipd.serve.tokenizer import Tokenizer
@@ -19,7 +20,8 @@ class Delta:
     text may be empty (half a character, or the start of a stop string) although tokens are not.
     cached_tokens: prompt tokens found in the prefix cache, where the engine told.
     scores: of `tokens`; prompt_scores: of the prompt's tokens but the first, all with the first delta;
-    told: the tokens whose text is now certain, with theirs. All empty unless asked for."""
+    told: the tokens whose text is now certain, with theirs. All empty unless asked for.
+    calls: of tools, complete with this delta; they are not in its text."""
 
     index: int
     text: str
@@ -29,6 +31,7 @@ class Delta:
     scores: list[Score] = field(default_factory=list)
     prompt_scores: list[Score] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class TextStream:
     """Turns one sequence's pieces into deltas. Their joined text does not depend on the grouping.
 
     tokenizer: None where there is none; then texts are empty. A stop string counts only in text
-    after the first `min_tokens` tokens. The stop string or stop token itself is not part of the text.
-    alignment: where the tokens of the text are to be told.
+    after the first `min_tokens` tokens. The stop string or stop token itself is part of the text only with
+    `include_stops`. alignment: where the tokens of the text are to be told. shown: special tokens that are
+    part of the text.
     """
 
     def __init__(
@@ -56,10 +60,13 @@ class TextStream:
         echo: Echo | None = None,
         alignment: Alignment | None = None,
         prompt_length: int = 0,
+        include_stops: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
-        self._stops = StopFinder(stops)
+        self._detokenizer = tokenizer.detokenizer(shown) if tokenizer is not None else None
+        self._stops = StopFinder(stops, include_stops)
+        self._include_stops = include_stops
         self._min_tokens = min_tokens
         self._echo = echo
         self._alignment = alignment
@@ -100,7 +107,8 @@ class TextStream:
             self.produced += len(piece.tokens)
             return Delta(piece.index, "", piece.tokens, finish, piece.cached_tokens)
         texts: list[str] = []
-        last = len(piece.tokens) - 1 if piece.finish is FinishReason.STOP else -1
+        cut = piece.finish is FinishReason.STOP and not self._include_stops
+        last = len(piece.tokens) - 1 if cut else -1
         for place, token in enumerate(piece.tokens):
             self.produced += 1
             if place != last:
@@ -123,3 +131,10 @@ class TextStream:
         if self._alignment is not None:
             self._alignment.sent += len(text)
         return text
+
+
+def find_calls(finder: CallFinder, delta: Delta) -> None:
+    """Take the calls out of a delta's text. Where they are the end of it, that is why it ended."""
+    delta.text, delta.calls = finder.feed(delta.text, last=delta.finish is not None)
+    if finder.done or (finder.count and delta.finish == "stop"):
+        delta.finish = "tool_calls"

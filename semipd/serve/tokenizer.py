@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -68,8 +68,13 @@ class Tokenizer:
         """The text of `ids`; special tokens have none."""
         return b"".join(map(self._bytes.of, ids)).decode("utf-8", "replace")
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self._bytes)
+    def shown(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of those special tokens that these texts name."""
+        return frozenset(self.special[text] for text in texts if text in self.special)
+
+    def detokenizer(self, shown: frozenset[int] = frozenset()) -> Detokenizer:
+        """shown: special tokens that have a text after all."""
+        return Detokenizer(self._bytes.of, self.token_bytes, shown)
 
     def token_string(self, index: int) -> str | None:
         """The vocabulary's own spelling of an id; None for an id that it does not have."""
@@ -115,8 +120,11 @@ class Tokenizer:
 class Detokenizer:
     """Text of a growing list of ids. What it returns, joined, is what `Tokenizer.decode` gives."""
 
-    def __init__(self, token_bytes: _TokenBytes) -> None:
-        self._of = token_bytes.of
+    def __init__(
+        self, of: Callable[[int], bytes], named: Callable[[int], bytes], shown: frozenset[int]
+    ) -> None:
+        """of: a token's bytes. named: the same of those that are shown."""
+        self._of = (lambda index: named(index) if index in shown else of(index)) if shown else of
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def feed(self, index: int) -> str:

@@ -23,7 +23,7 @@ from semipd.serve.service import Service
 from semipd.serve.session import Session
 from semipd.serve.thread_link import EngineThread, ThreadLink
 from semipd.serve.tokenizer import Tokenizer
-from tests.serve.fakes import LiveFake, make_engine
+from tests.serve.fakes import MAX_LENGTH, LiveFake, make_engine
 
 
 class Serving:
@@ -49,17 +49,20 @@ def serving(
     sequences: int = 16,
     policy: PolicyConfig = PolicyConfig(),
     metrics_alias: str | None = None,
+    tool_call_parser: str = "auto",
+    length: int = MAX_LENGTH,
 ) -> Iterator[Serving]:
     """Serve the folder's tokenizer over the executor's tokens until the block ends. policy: its targets."""
     engine_thread = EngineThread(
-        lambda observers: make_engine(executor, observers, sequences=sequences), targets_of(policy)
+        lambda observers: make_engine(executor, observers, sequences=sequences, length=length),
+        targets_of(policy),
     )
     session = Session(ThreadLink(engine_thread))
     model = read_model_folder(folder)
     tokenizer = Tokenizer(folder)
     chat = load_chat_template(folder, tokenizer)
     maker = RequestMaker(model, classes=policy.classes or ())
-    service = Service("tiny", model, tokenizer, chat, maker, session, limits)
+    service = Service("tiny", model, tokenizer, chat, maker, session, limits, tool_call_parser)
     http = http_server(create_app(service, "1.2.3", api_key, metrics_alias), limits)
     listener = socket.create_server(("127.0.0.1", 0))
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.core.errors import Refused
+from semipd.serve.conversation import messages_of
 from semipd.serve.schema import (
     NEUTRAL,
     ChatBody,
     CompletionBody,
     body_schemas,
-    messages_of,
     parse,
     prompts_of,
 )
