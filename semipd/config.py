@@ -181,7 +181,7 @@ class ServerConfig:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8000, "port to listen on (0: any free one)", "integer", low=0, high=65535)
-    served_model_name: str | None = _setting(None, "name in the API (default: the folder's name)")
+    served_model_name: str | None = _setting(None, "name in the API (default: the model as it was given)")
     api_key: str | None = _setting(None, "clients must send it as a bearer token")
     shutdown_timeout: float = _setting(
         30.0, "how long SIGTERM waits for requests under way", "seconds", low=0, high=86400
