@@ -1,5 +1,6 @@
-"""Memory for weights, which every step reads from end to end: on huge pages, where the system gives them to
-those that ask. On small ones a core waits for addresses, too: decoding took a tenth longer.
+"""Memory for weights, which every step reads from end to end: one stretch, on huge pages where the system
+gives them. Single buffers of a few MiB get small pages, whatever malloc is told, and then cores wait for
+addresses as well: decoding in 4 bits takes 7% longer, in bfloat16 2%.
 """
 
 from __future__ import annotations
