@@ -21,21 +21,24 @@ from typing import NamedTuple
 
 from semipd.core.batching import decode_slices, next_prefill, prefill_slices
 from semipd.core.correction import Correction
-from semipd.core.lengths import LengthPredictor
 from semipd.core.live import Live
 from semipd.core.order import Order, PromptWork
 from semipd.core.partition import Lateness, Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
+from semipd.core.urgency import Group, Urgency
 
 MISS = 40.0  # seconds of latency that one missed target is worth
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 FORESEEN = 24  # prompts looked at one by one
-STREAM_GROUPS = 4  # decoding requests are scored in this many groups
-STALE = 6  # plans for which the groups may stay as they are
-PRIOR = (256,) * 16  # lengths of outputs that it begins with
 STICK = 0.02  # a way must be this much better, in parts, than the present one
+
+
+Levels = tuple[int, int]
+Key = tuple[
+    Levels, Levels, Levels
+]  # of the decode batch, of the prefill step, of the cost model's correction
 
 
 class Way(NamedTuple):
@@ -58,21 +61,15 @@ class Prompt(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """work: the sum of theirs. bearable: how much slower than on the whole device no prompt may be late."""
+    """work: the sum of theirs. bearable: how much slower than on the whole device no prompt may be late.
+    arrivals, load, pressure: what is to be expected of prompts yet to come."""
 
     prompts: list[Prompt]
     work: float
     bearable: float
-
-
-class Group(NamedTuple):
-    """Decoding requests of similar urgency: how many, tokens still to come, seconds allowed for them (soon:
-    they may be late)."""
-
-    size: int
-    remaining: float
-    allowance: float
-    soon: float
+    arrivals: float
+    load: float
+    pressure: float
 
 
 class Auto:
@@ -93,15 +90,14 @@ class Auto:
         self._targets, self._chunks = targets, tuple(chunks)
         self._work = work or PromptWork(cost, device.units)
         self._soon = (1.0 - MARGIN) * targets["default"].ttft  # what a prompt yet to come should not exceed
-        self._lengths = LengthPredictor(prior=PRIOR)
         self._lateness = Lateness(targets, MARGIN)
         self._correction = Correction(cost)
-        self._ways_of: dict[tuple[int, ...], list[Way]] = {}  # by rounded features of the work
-        self._tables: dict[tuple[tuple[int, ...], bool, bool], list[Way]] = {}
-        self._groups: list[Group] = []
-        self._groups_of, self._groups_age = -1, 0
+        self._ways_of: dict[Key, list[Way]] = {}
+        self._tables: dict[tuple[Key, bool, bool], list[Way]] = {}
+        self._urgency = Urgency(targets, MARGIN)
         self._present: tuple[int, ...] | None = None  # the way chosen last
         self._held = (0, 0)  # units of the last plan
+        self._ways((9, 9), (4, 4))  # the cost model tabulates each number of units at its first use
 
     def __call__(self, event: Event) -> None:
         """Observe: correct the cost model by every step, learn how long outputs are."""
@@ -109,7 +105,7 @@ class Auto:
             self._correction(event)
             self._work.slowness = self._correction.slowness[Lane.PREFILL]
         else:
-            self._lengths(event)
+            self._urgency(event)
             self._lateness(event)
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
@@ -122,7 +118,7 @@ class Auto:
         elif not live.decoding:
             way = Way(units, units, 0, 1.0, 0.0)
         else:
-            way = self._choose(live, prompts, self._streams(live, now))
+            way = self._choose(live, prompts, self._urgency.groups(live, now))
         return self._launch(way, idle, live, kv, order)
 
     def _launch(
@@ -156,13 +152,16 @@ class Auto:
         table = self._table(live)
         queue = Queue(
             prompts,
-            sum(prompt.work for prompt in prompts),
-            min((prompt.soon / max(prompt.work, 1e-9) for prompt in prompts), default=math.inf),
+            sum([prompt.work for prompt in prompts]),
+            min([prompt.soon / max(prompt.work, 1e-9) for prompt in prompts], default=math.inf),
+            self._work.arrivals,
+            self._work.load,
+            self._lateness.pressure,
         )
         present, held, alone = self._present, self._held, table[-1].step
         switch = self._device.switch_seconds * len(live)
         best, least = table[0], math.inf
-        top = max(way.rate for way in table if way.step < math.inf)
+        top = max([way.rate for way in table if way.step < math.inf])
         for way in table:
             score = self._score(way, queue, groups, alone, top)
             score += switch * ((way[:2] != held) + (way.prefill > 0))  # now, and back to decode alone
@@ -179,30 +178,32 @@ class Auto:
         in an M/G/1 queue: work / (rate - load). Later ones come as well, so that decode then goes on at the
         way's mean pace: prompts are there for load / rate of the time."""
         _, _, _, rate, step = way
-        prompts, load = queue.prompts, self._work.load
+        prompts, work, bearable, arrivals, load, pressure = queue
         misses = wait = 0.0
         if not rate:
-            wait = step * max(group.remaining for group in groups)  # until the streams have ended
+            wait = step * max([group.remaining for group in groups])  # until the streams have ended
             rate = top
-        slowness, kept = 1.0 / rate, min(rate, top)
-        if wait or slowness > queue.bearable:
-            for work, left, soon in prompts:
-                if (first := wait + work * slowness) > soon:
+        slowness, kept = 1.0 / rate, (rate if rate < top else top)
+        if wait or slowness > bearable:
+            for first, left, soon in prompts:
+                if (first := wait + first * slowness) > soon:
                     misses += _miss(first, left)
         backlog = prompts[-1].work if prompts else 0.0
-        busy = wait + backlog / max(kept - load, 0.05 * kept)
-        found = self._work.arrivals * busy  # arrive meanwhile, and find half of what is waiting now
+        spare = kept - load
+        busy = wait + backlog / (spare if spare > 0.05 * kept else 0.05 * kept)
+        found = arrivals * busy  # arrive meanwhile, and find half of what is waiting now
         behind = 0.5 * (wait + backlog * slowness)
-        total = len(prompts) * wait + queue.work * slowness + found * behind
-        if pressure := self._lateness.pressure:
+        total = len(prompts) * wait + work * slowness + found * behind
+        if pressure:
             misses += pressure * found * self._work.tail(self._soon - behind, kept)
-        share = min(load / kept, 0.95)
+        share = load / kept
+        if share > 0.95:
+            share = 0.95
         rest = 1.0 / (share / step + (1.0 - share) / alone)
-        done = busy / step
         for size, remaining, allowance, soon in groups:
             last = remaining * step
             if last > busy:
-                last = busy + (remaining - done) * rest
+                last = busy + (last - busy) / step * rest
             total += size * last
             if last > soon:
                 misses += size * _miss(last, allowance)
@@ -227,45 +228,25 @@ class Auto:
             found.append(Prompt(total * len(queue) / FORESEEN, math.inf, math.inf))
         return found
 
-    def _streams(self, live: Live, now: float) -> list[Group]:
-        count = len(live.decoding)
-        if abs(self._groups_of - count) <= count // 16 and self._groups_age < STALE:
-            self._groups_age += 1
-            return self._groups
-        rows, default = [], self._targets["default"]
-        for request in live.decoding:
-            remaining = self._lengths.remaining(request) or 1
-            target = self._targets.get(request.service_class, default)
-            allowed = target.tpot * (len(request.output) + remaining - 1)
-            rows.append((allowed - (now - request.first_token_at), remaining))
-        rows.sort(key=lambda row: row[0] / row[1])
-        size = -(-len(rows) // STREAM_GROUPS)
-        self._groups = []
-        for begin in range(0, len(rows), size):
-            part = rows[begin : begin + size]
-            allowance = sum(allowed for allowed, _ in part) / len(part)
-            mean = sum(remaining for _, remaining in part) / len(part)
-            self._groups.append(Group(len(part), mean, allowance, allowance * (1.0 - MARGIN)))
-        self._groups_of, self._groups_age = count, 0
-        return self._groups
-
     def _table(self, live: Live) -> list[Way]:
         """Ways that can be taken now and that no other one beats in both rate and step. Kept by rounded
-        features, so that the cost model is asked only when the work has changed."""
-        context = sum(request.planned for request in live.decoding)
+        features (decodes within a fifth, prompts within two), so that the cost model is asked only when the
+        work has changed."""
         prefilling, decoding = live.busy(Lane.PREFILL), live.busy(Lane.DECODE)
+        context = sum([request.planned for request in live.decoding])
         start, tokens = next_prefill(live, self.limits.prefill_tokens)
-        # Equal for values within about 15%.
-        features = [round(5.0 * math.log2(v + 8.0)) for v in (len(live.decoding), context, tokens, start)]
-        key = (*features, *self._correction.level)
+        key = (
+            (_level(len(live.decoding), 4.0), _level(context, 4.0)),
+            (_level(start, 2.0), _level(tokens, 2.0)),
+            self._correction.level,
+        )
         table = self._tables.get((key, prefilling, decoding))
         if table is None:
             if len(self._tables) >= 2048:
                 self._tables, self._ways_of = {}, {}
             ways = self._ways_of.get(key)
             if ways is None:
-                decode = Work.decode(len(live.decoding), context)
-                ways = self._ways_of[key] = self._ways(decode, start, max(tokens, 16))
+                ways = self._ways_of[key] = self._ways(*key[:2])
             table = self._tables[key, prefilling, decoding] = []
             for way in ways:
                 # A lane with a step in flight must not be left without units.
@@ -274,11 +255,14 @@ class Auto:
                     table.append(way)
         return table
 
-    def _ways(self, decode: Work, start: int, tokens: int) -> list[Way]:
-        """Every candidate for this decode batch beside a prefill step, the quickest for prompts first."""
+    def _ways(self, decodes: Levels, prompts: Levels) -> list[Way]:
+        """Every candidate for decode batches of such levels (sequences, context) beside prefill steps of
+        such ones (start, tokens), the quickest for prompts first."""
         units, seconds = self._device.units, self._cost.seconds
         slowness = self._correction.slowness
         slow_first, slow_next = slowness[Lane.PREFILL], slowness[Lane.DECODE]
+        start, tokens = _amount(prompts[0], 2.0), max(_amount(prompts[1], 2.0), 16)
+        decode = Work.decode(max(_amount(decodes[0], 4.0), 1), _amount(decodes[1], 4.0))
         prompt = Work.of((Slice(0, start, tokens),))
         whole = seconds(prompt, units) * slow_first
         alone = Way(0, units, 0, 0.0, seconds(decode, units) * slow_next)
@@ -291,7 +275,19 @@ class Auto:
             if size > 0:
                 step = seconds(decode + Work.of((Slice(0, start, size),)), units) * slow_next
                 ways.append(Way(0, units, chunk, size / step * whole / tokens, step))
+            if size == tokens:
+                break  # longer ones are the same
         return sorted(ways, key=lambda way: (-way.rate, way.step))
+
+
+def _level(amount: int, fineness: float) -> int:
+    """Equal for amounts within an octave / fineness of each other, but for the smallest."""
+    return round(fineness * math.log2(amount + 4.0))
+
+
+def _amount(level: int, fineness: float) -> int:
+    """In the middle of the level."""
+    return round(math.exp2(level / fineness)) - 4
 
 
 def _miss(seconds: float, limit: float) -> float:

@@ -19,6 +19,7 @@ PromptOrder = Callable[[float], Order]  # the order at a time in seconds
 AGEING = 0.1  # seconds of prefill that one second of waiting makes up for
 MEMORY = 10.0  # seconds over which the arriving prompts are averaged
 _REMEMBERED = 4096
+_ALIKE = 16  # tokens; that many more or less make no difference to a prompt's time
 
 
 class PromptWork:
@@ -31,6 +32,7 @@ class PromptWork:
     def __init__(self, cost: CostModel, units: int) -> None:
         self._cost, self._units = cost, units
         self._whole: dict[Request, float] = {}
+        self._by_length: dict[int, float] = {}
         self._counted_at, self._since = 0.0, math.inf
         self._arrived = self._came = 0.0  # prompts, and seconds of prefill, fading
         self.slowness = self.step_left = 1.0
@@ -60,11 +62,21 @@ class PromptWork:
         """A `PromptOrder`: shortest remaining prompt first, with ageing."""
         return lambda request: self.seconds(request) - AGEING * (now - request.arrival)
 
+    def _of_length(self, tokens: int) -> float:
+        """Seconds for a whole prompt, its length rounded up to a multiple of _ALIKE tokens."""
+        tokens += -tokens % _ALIKE
+        seconds = self._by_length.get(tokens)
+        if seconds is None:
+            if len(self._by_length) >= _REMEMBERED:
+                self._by_length = {}
+            seconds = self._cost.seconds(Work.of((Slice(0, 0, tokens),)), self._units)
+            self._by_length[tokens] = seconds
+        return seconds
+
     def _meet(self, request: Request, known: int) -> float:
         if len(self._whole) >= _REMEMBERED:
             self._whole = {}
-        whole = self._cost.seconds(Work.of((Slice(0, 0, known),)), self._units)
-        self._whole[request] = whole
+        whole = self._whole[request] = self._of_length(known)
         if self._since == math.inf:
             self._since = self._counted_at = request.arrival
         decay = math.exp(-max(request.arrival - self._counted_at, 0.0) / MEMORY)

@@ -229,14 +229,13 @@ class Device:
     lanes: frozenset[Lane] = frozenset((Lane.PREFILL, Lane.DECODE))
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Additive features of a batch, from which a cost model predicts its time.
 
     tokens: positions computed. context: sum over slices of the KV length read by it. square: sum over
     slices of count * (start + count / 2), the attended pairs. sequences: slices. sampled: logit rows.
     decodes: slices of one position; decode_context: their part of `context`. Attention runs other kernels
-    for these, so a mixed batch cannot be priced without them.
+    for these, so a mixed batch cannot be priced without them. Caches of prices have it as their key.
     """
 
     tokens: int = 0
@@ -247,7 +246,7 @@ class Work:
     decodes: int = 0
     decode_context: int = 0
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
         return Work(
             self.tokens + other.tokens,
             self.context + other.context,

@@ -21,7 +21,9 @@ from semipd.execute.cost_kernels import StepKernels, dtypes_of
 from semipd.execute.device_file import DeviceFile
 from semipd.model.spec import ModelSpec
 
-_REMEMBERED = 64  # recent steps: a running one is asked about whenever its neighbour or its units change
+_REMEMBERED = (
+    512  # steps, and as many older ones: the same are asked about beside others and on other units
+)
 
 
 class _Pieces(NamedTuple):
@@ -61,7 +63,8 @@ class StepCost:
         self._linears = TokenCurve(device, kernels.token_items())
         self._head = TokenCurve(device, kernels.head_items())
         self._prompts, self._singles = kernels.attention()
-        self._recent: dict[int, tuple[Work, _Pieces, dict[int, Numbers]]] = {}  # by id; loads by units
+        self._recent: dict[Work, tuple[_Pieces, dict[int, Numbers]]] = {}  # loads by units
+        self._older = self._recent  # those before them
 
     def seconds(self, work: Work, units: int, beside: Work | None = None, beside_units: int = 0) -> float:
         """Seconds of a step with `work` on `units`, all the while beside another one (or alone). Lanes
@@ -81,15 +84,15 @@ class StepCost:
         return Load(*self._recall(work, units))
 
     def _recall(self, work: Work, units: int) -> Numbers:
-        known = self._recent.get(id(work))
-        if known is None or known[0] is not work:  # an id may come back, the object behind it does not
+        known = self._recent.get(work)
+        if known is None:
             if len(self._recent) >= _REMEMBERED:
-                self._recent.clear()
-            known = self._recent[id(work)] = (work, self._pieces(work), {})
-        loads = known[2]
+                self._older, self._recent = self._recent, {}
+            known = self._recent[work] = self._older.get(work) or (self._pieces(work), {})
+        pieces, loads = known
         load = loads.get(units)
         if load is None:
-            load = loads[units] = self._load(known[1], max(units, 1))
+            load = loads[units] = self._load(pieces, max(units, 1))
         return load
 
     def parts(self, work: Work, units: int | None = None) -> dict[str, float]:
