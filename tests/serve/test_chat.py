@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from semipd.core.errors import ConfigError, Refused
 from semipd.serve.chat import ChatTemplate, load_chat_template
+from semipd.serve.conversation import ChatMessage, messages_of
 from semipd.serve.tokenizer import Tokenizer
 from tests.serve.fakes import SPECIAL, make_folder
 
@@ -141,3 +143,94 @@ def test_where_templates_are_found(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(ConfigError, match="line 1"):
         load()
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "see <b>there</b> & 'here' é",
+            "parameters": {"type": "object", "properties": {"at": {"type": "string", "enum": ["a", "ß"]}}},
+        },
+    }
+]
+TOOL_QWEN = """{%- if tools %}
+    {{- '<|system|>' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+    {{- "# Tools\\n<tools>" }}
+    {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
+    {{- "\\n</tools><|end|>\\n" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" and message.tool_calls %}
+        {{- '<|assistant|>' + message.content }}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}{%- set tool_call = tool_call.function %}{%- endif %}
+            {{- '\\n<tool_call>\\n{"name": "' }}{{- tool_call.name }}
+            {{- '", "arguments": ' }}{{- tool_call.arguments | tojson }}{{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {{- '<|user|>\\n<tool_response>\\n' + message.content + '\\n</tool_response><|end|>\\n' }}
+    {%- else %}
+        {{- '<|' + message.role + '|>' + message.content + '<|end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+"""
+CALLED = messages_of(
+    msgspec.convert(
+        [
+            {"role": "user", "content": "look & see"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "1", "function": {"name": "look", "arguments": '{"at": "ß<", "n": [1, 2.5]}'}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "all's well"},
+        ],
+        list[ChatMessage],
+    )
+)
+
+
+def test_tools_are_rendered_as_transformers_does(folder: Path, tokenizer: Tokenizer) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|begin|>", eos_token="<|end|>"
+    )
+    ours = ChatTemplate(TOOL_QWEN, tokenizer)
+    assert ours.tool_source == TOOL_QWEN and ChatTemplate(QWEN, tokenizer).tool_source is None
+    for tools in (TOOLS, []):
+        expected = theirs.apply_chat_template(
+            CALLED,
+            chat_template=TOOL_QWEN,
+            tools=tools or None,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        assert ours.encode(CALLED, tools=tools) == expected
+
+
+def test_a_template_of_its_own_for_tools(folder: Path, tmp_path: Path) -> None:
+    def load(**config: Any) -> ChatTemplate:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        template = load_chat_template(tmp_path, Tokenizer(tmp_path))
+        assert template is not None
+        return template
+
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    encode = Tokenizer(tmp_path).encode
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    template = load(chat_template=named)
+    assert template.encode([], tools=TOOLS) == encode("t") and template.encode([]) == encode("d")
+    assert template.tool_source == "t"
+    assert load(chat_template="d").tool_source is None
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("file")
+    template = load(chat_template="d")
+    assert template.encode([], tools=TOOLS) == encode("file") and template.encode([]) == encode("d")
