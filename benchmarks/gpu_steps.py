@@ -98,7 +98,7 @@ def run_tiles(setup: Setup) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, step, lane in steps_of(setup):
         state = setup.executor._lanes[lane]
-        if not hasattr(state.ops, "decode_tile"):
+        if not hasattr(state.ops, "decode_tiles"):
             setup.say("  these are no Triton kernels: there are no tiles to choose")
             return {}
         rows = dict(tried(setup, step, lane))
@@ -120,14 +120,14 @@ def tried(setup: Setup, step: Any, lane: Any) -> Iterator[tuple[str, float | Non
     prefill = step.tiles.shape[0] > 0
     layer = executor._model.layers[0]
     key = (executor._storage.kv.dtype, layer.window is not None)
-    used = ops.prefill_tiles[key] if prefill else ops.decode_tile
+    used = ops.prefill_tiles[key] if prefill else ops.decode_tiles[key[0]]
     tiles = [used, *(Tile(*tile) for tile in (PREFILL_TILES if prefill else DECODE_TILES))]
     try:
         for tile in dict.fromkeys(tiles):
             if prefill:
                 ops.prefill_tiles[key] = tile
             else:
-                ops.decode_tile = tile
+                ops.decode_tiles[key[0]] = tile
             for share in (1,) if prefill else SHARES:
                 launch = attention(setup, step, lane, executor.device.units // share)
                 label = f"{tile.block}/{tile.warps}/{tile.stages}" + (f" 1/{share}" if share > 1 else "")
@@ -140,7 +140,7 @@ def tried(setup: Setup, step: Any, lane: Any) -> Iterator[tuple[str, float | Non
         if prefill:
             ops.prefill_tiles[key] = used
         else:
-            ops.decode_tile = used
+            ops.decode_tiles[key[0]] = used
 
 
 def steps_of(setup: Setup) -> Iterator[tuple[str, Any, Any]]:

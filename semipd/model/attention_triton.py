@@ -150,14 +150,21 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAST: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One program per query head and tile of rows of one slice. scale: 1 / sqrt(dim) in base 2."""
+    """One program per query head and tile of rows of one slice, or one for each of PARTS of a tile. scale:
+    1 / sqrt(dim) in base 2."""
     head = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
     slot = tl.load(tile)
     first = tl.load(tile + 1).to(tl.int32)
     row = tl.load(tile + 2)
     count = tl.load(tile + 3).to(tl.int32)
+    if PARTS > 1:
+        above = tl.program_id(2) * BLOCK_M
+        count = tl.minimum(tl.maximum(count - above, 0), BLOCK_M)
+        row += above
+        first = tl.where(count > 0, first + above, -1)  # without rows there is nothing to attend to
 
     offset = tl.arange(0, BLOCK_M)
     column = tl.arange(0, DIM_BLOCK)

@@ -23,19 +23,18 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Tile:
-    """How one of attention's kernels works: positions per iteration, warps, iterations in flight."""
+    """How one of attention's kernels works: positions per iteration, warps, iterations in flight. rows: of
+    a program of the prefill kernel."""
 
     block: int
     warps: int
     stages: int
+    rows: int = TILE
 
     @property
     def constants(self) -> dict[str, int]:
         """For a launch."""
         return {"BLOCK_N": self.block, "num_warps": self.warps, "num_stages": self.stages}
-
-
-DECODE_TILE = Tile(64, 4, 3)
 
 
 class TritonOps:
@@ -54,7 +53,7 @@ class TritonOps:
             for dtype in dtypes
             for windowed in (False, True)
         }
-        self.decode_tile = DECODE_TILE
+        self.decode_tiles = {dtype: decode_tile(heads.dim, dtype) for dtype in dtypes}
         self._units = units  # the scratch memory below is enough for this many, and no more
         cells = max(count * decode_splits(count, heads.kv, units) for count in range(1, rows + 1))
         self._sums = torch.empty(cells * heads.query * heads.dim, dtype=torch.float32, device=device)
@@ -165,9 +164,10 @@ class TritonOps:
         strides = (step.tables.stride(0), layer.stride(0), layer.stride(1))
         if tiles := step.tiles.shape[0]:
             tile = self.prefill_tiles[layer.dtype, window is not None]
-            attention.prefill_kernel[(heads.query, tiles)](
+            parts = TILE // tile.rows
+            attention.prefill_kernel[(heads.query, tiles, parts)](
                 out, qkv, layer, step.tables, step.tiles, scale, window or 0, *strides,
-                BLOCK_M=TILE, **tile.constants, **shape,
+                BLOCK_M=tile.rows, PARTS=parts, **tile.constants, **shape,
             )  # fmt: skip
         if count := step.singles.shape[0]:
             splits = decode_splits(count, heads.kv, min(units, self._units))
@@ -176,7 +176,7 @@ class TritonOps:
                 out, *scratch, qkv, layer, step.tables, step.singles, step.row_slots, step.positions,
                 scale, window or 0, *strides,
                 GROUP_BLOCK=max(triton.next_power_of_2(heads.query // heads.kv), 16),
-                SPLITS=splits, **self.decode_tile.constants, **shape,
+                SPLITS=splits, **self.decode_tiles[layer.dtype].constants, **shape,
             )  # fmt: skip
             if splits > 1:
                 attention.reduce_kernel[(count, heads.query)](
@@ -192,11 +192,21 @@ class TritonOps:
 
 
 def prefill_tile(dim: int, dtype: torch.dtype, windowed: bool, shared: int) -> Tile:
-    """As many positions per iteration as the registers of a thread hold, by what the compiler reports.
-    shared: bytes of shared memory that a program may have."""
-    if dim > 128 or dtype == torch.float32:
-        return Tile(32, 8, 2)
-    return Tile(128 if shared >= HOPPER_SHARED and not windowed else 64, 8, 2)
+    """As much per iteration as the registers of a thread hold, by what the compiler reports. shared: bytes
+    of shared memory that a program may have."""
+    hopper = shared >= HOPPER_SHARED
+    if dtype == torch.float32:  # the tensor cores take each operand in parts
+        if dim > 128:
+            return Tile(16, 4, 2, 16)
+        return Tile(32, 8, 2) if dim <= 64 or hopper else Tile(16, 4, 2, 32)
+    if dim > 128:
+        return Tile(32, 8, 2) if hopper else Tile(32, 8, 2, 64)
+    return Tile(128 if hopper and not windowed else 64, 8, 2)
+
+
+def decode_tile(dim: int, dtype: torch.dtype) -> Tile:
+    """As `prefill_tile`; the same for every card."""
+    return Tile(16, 4, 3) if dtype == torch.float32 and dim > 128 else Tile(64, 4, 3)
 
 
 def shared_memory(device: torch.device) -> int:

@@ -85,11 +85,11 @@ class Compiler:
         shape = {"QUERY": query, "KV": kv, "DIM": dim, "DIM_BLOCK": width, "BLOCK_SIZE": 16}
         shape |= {"WINDOWED": windowed, "CAST": False}
         prefill = ops_triton.prefill_tile(dim, DTYPES[dtype], windowed, self.shared)
-        tile = {**shape, "BLOCK_M": TILE}
+        tile = {**shape, "BLOCK_M": prefill.rows, "PARTS": TILE // prefill.rows}
         self.tiled(attention.prefill_kernel, dtype, tile, prefill)
         group = max(triton.next_power_of_2(query // kv), 16)
         part = {**shape, "GROUP_BLOCK": group, "SPLITS": splits}
-        self.tiled(attention.decode_kernel, dtype, part, ops_triton.DECODE_TILE)
+        self.tiled(attention.decode_kernel, dtype, part, ops_triton.decode_tile(dim, DTYPES[dtype]))
 
     def tiled(self, kernel: Any, dtype: str, constants: dict[str, Any], tile: ops_triton.Tile) -> None:
         block = {**constants, "BLOCK_N": tile.block}
@@ -128,6 +128,7 @@ def every_kind() -> Iterator[tuple[str, int, int, int, bool]]:
                 yield from ((dtype, query, kv, dim, windowed) for windowed in (False, True))
     yield from (("bf16", 14, 2, 64, False), ("bf16", 16, 8, 256, False), ("bf16", 32, 8, 80, False))
     yield from (("fp32", 4, 2, 16, False), ("fp32", 4, 2, 16, True), ("fp32", 32, 8, 64, False))
+    yield from (("fp32", 32, 8, 128, False), ("fp32", 16, 8, 256, False))
 
 
 def main() -> None:
@@ -148,6 +149,9 @@ def main() -> None:
         hopper.rest(dtype, False, half="i64")
     for windowed in (False, True):
         ampere.attention("bf16", 32, 8, 128, windowed)
+    ampere.attention("bf16", 16, 8, 256, False)
+    for dim in (64, 128, 256):
+        ampere.attention("fp32", 32, 8, dim, False)
     ampere.rest("bf16", True)
 
 

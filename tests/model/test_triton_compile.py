@@ -16,6 +16,7 @@ from semipd.execute.choose import has_gpu
 
 pytestmark = pytest.mark.skipif(has_gpu(), reason="the GPU tests launch them")
 MOST_STACK = 80  # bytes a thread: a value or two of a loop that cost nothing where they were measured
+WIDE_STACK = 176  # for float32 with heads of 128 or more, whose operands come in parts
 
 
 def compiled(folder: Path, *options: str) -> list[dict[str, Any]]:
@@ -40,11 +41,16 @@ def compiled(folder: Path, *options: str) -> list[dict[str, Any]]:
 def check(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert row["shared"] <= row["most_shared"], row
-        assert row["stack"] <= MOST_STACK, ("registers do not suffice", row)
+        wide = row["dtype"] == "fp32" and row["constants"].get("DIM", 0) >= 128
+        assert row["stack"] <= (WIDE_STACK if wide else MOST_STACK), ("registers do not suffice", row)
         if row["kernel"] in ("prefill_kernel", "decode_kernel"):
             assert row["wgmma"] or row["mma"], ("products by scalar instructions", row)
             assert row["asynchronous"], row
-        if row["kernel"] == "prefill_kernel" and row["target"] == "hopper":
+        if (
+            row["kernel"] == "prefill_kernel"
+            and row["target"] == "hopper"
+            and row["constants"]["PARTS"] == 1
+        ):
             assert row["wgmma"], ("Hopper's own matrix instructions", row)
 
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from semipd.model.ops import TILE, DeviceStep, Heads, PlainOps
-from semipd.model.ops_triton import TritonOps, decode_splits
+from semipd.model.ops_triton import TritonOps, decode_splits, prefill_tile
 from tests.model.conftest import one_thread  # noqa: F401  (a fixture)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,6 +108,23 @@ def test_attention(seed: int, window: int | None, dtype: torch.dtype) -> None:
     expected, found = (torch.full(shape, 9.0, dtype=dtype, device=DEVICE) for _ in range(2))
     PLAIN.attend(case.qkv, case.layer, case.step, case.heads, window, 8, expected)
     case.triton().attend(case.qkv, case.layer, case.step, case.heads, window, 8, found)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_tiles_in_parts(window: int | None) -> None:
+    """Wide heads in float32 leave registers for few rows at a time, fewer than those of a tile, of which
+    the last may be none."""
+    case = Case(9, torch.float32)
+    case.step = case.make_step([(0, 30, 100), (1, 70, 1), (2, 0, 33), (3, 100, 2)])
+    case.qkv = case.random(case.step.rows, case.qkv.shape[1], dtype=torch.float32)
+    shape = (case.step.rows, case.heads.query * case.heads.dim)
+    expected, found = (torch.full(shape, 9.0, device=DEVICE) for _ in range(2))
+    PLAIN.attend(case.qkv, case.layer, case.step, case.heads, window, 8, expected)
+    ops = case.triton()
+    ops.prefill_tiles = dict.fromkeys(ops.prefill_tiles, prefill_tile(128, torch.float32, False, 0))
+    assert ops.prefill_tiles[torch.float32, False].rows < TILE
+    ops.attend(case.qkv, case.layer, case.step, case.heads, window, 8, found)
     same(found, expected)
 
 
