@@ -207,27 +207,30 @@ class Engine:
         flight = self.live.land(result)
         self._emit(Stepped(result, flight.work, flight.split))
         now = self.clock.now()
-        tokens = iter(result.tokens)
+        error, tokens, take = result.error, iter(result.tokens), self._take_token
+        transfer, size = result.lane is Lane.TRANSFER, self.block_size
         got: list[Request] = []
         ids: list[int] = []
         ended: list[tuple[Request, FinishReason]] = []
-        for request, piece in zip(flight.requests, flight.batch.slices, strict=True):
+        for request, (_, start, count, sample) in zip(flight.requests, flight.batch.slices, strict=True):
             request.in_flight -= 1
-            token = next(tokens) if piece.sample and result.error is None else None
-            if request.finished:  # ended while this step ran: drop the result, release when drained
+            token = next(tokens) if sample and error is None else None
+            if (
+                request.stage is Stage.FINISHED
+            ):  # while this step ran: drop the result, release when drained
                 self._release(request)
-            elif result.error is not None:
-                self._finish(request, FinishReason.ERROR, result.error)
+            elif error is not None:
+                self._finish(request, FinishReason.ERROR, error)
             else:
-                request.computed = piece.start + piece.count
+                request.computed = computed = start + count
                 if token is not None:
                     got.append(request)
                     ids.append(token)
-                    if reason := self._take_token(request, token, now):
+                    if reason := take(request, token, now):
                         ended.append((request, reason))
-                if result.lane is Lane.TRANSFER:
+                if transfer:
                     self._arrive(request)
-                elif request.computed // self.block_size > request.published:
+                elif computed >= size * (request.published + 1):
                     self._publish(request)
         if result.scores:
             self._tell_scores(result, flight, now)
