@@ -75,7 +75,8 @@ class Engine:
         self._inbox: deque[Request | str] = deque()
         self._by_id: dict[str, Request] = {}
         self._steps = itertools.count(1)
-        self._split: Split | None = None
+        self._split: Split | None = None  # as asked for
+        self._granted = Split({}, 0)
 
     # -- from any thread ---------------------------------------------------------------------------
 
@@ -161,11 +162,12 @@ class Engine:
             if plan.split != self._split:
                 self._split = plan.split
                 self.executor.resize(plan.split)
-                self._emit(Switched(self.clock.now(), plan.split))
+                self._granted = self.executor.device.granted(plan.split)
+                self._emit(Switched(self.clock.now(), self._granted))
             launched = False
             for lane, slices in plan.slices.items():
                 if slices:
-                    self._submit(lane, slices, plan.split)
+                    self._submit(lane, slices, self._granted)
                     launched = True
             if not launched:
                 if not live.in_flight:

@@ -218,6 +218,7 @@ class Device:
 
     units: cores or SMs. legal_splits: (prefill, decode) pairs with both above 0, disjoint.
     depth: steps that may be in flight on one lane. switch_seconds: cost of changing the split.
+    only_legal: a split that is none of `legal_splits` becomes another one, see `granted`.
     """
 
     name: str
@@ -227,6 +228,20 @@ class Device:
     depth: int
     switch_seconds: float = 0.0
     lanes: frozenset[Lane] = frozenset((Lane.PREFILL, Lane.DECODE))
+    only_legal: bool = False
+
+    def granted(self, split: Split) -> Split:
+        """The units that lanes get when this split is asked for: where only legal ones exist, the one with
+        the nearest share of decode; everything for a lone phase, and for both where they overlap."""
+        prefill, decode = split.of(Lane.PREFILL), split.of(Lane.DECODE)
+        if not self.only_legal or (prefill, decode) in self.legal_splits:
+            return split
+        if not prefill or not decode:
+            return Split.lone(Lane.PREFILL if prefill else Lane.DECODE, self.units)
+        if not self.legal_splits or prefill + decode > split.total:
+            return Split.pair(self.units, self.units, self.units)
+        wanted = decode * self.units / split.total  # a split made for another device means shares of it
+        return Split.pair(*min(self.legal_splits, key=lambda pair: abs(pair[1] - wanted)), self.units)
 
 
 class Work(NamedTuple):

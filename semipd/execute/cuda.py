@@ -59,7 +59,8 @@ class CudaExecutor:
         depth: int = 2,
     ) -> None:
         self.device = Device(
-            backend.name, backend.units, "SM", placement.legal_splits, depth, SWITCH_SECONDS
+            *(backend.name, backend.units, "SM", placement.legal_splits, depth, SWITCH_SECONDS),
+            only_legal=True,
         )
         self.graphs = graphs
         self._backend, self._model, self._storage = backend, model, storage

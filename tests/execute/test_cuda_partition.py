@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,18 @@ from typing import Any
 
 import pytest
 
-from semipd.core.types import Lane, Split
+from semipd.core.engine import Engine
+from semipd.core.kv import BlockPool
+from semipd.core.metrics import Metrics
+from semipd.core.partition import Static
+from semipd.core.policies import Limits, SemiPD
+from semipd.core.types import Device, Event, Lane, Launched, Request, Split
 from semipd.execute.backend import Side
 from semipd.execute.choose import has_gpu
 from semipd.execute.cuda_driver import HIGH, LOW, CannotPartition, GreenContexts, partition_pairs
 from semipd.execute.cuda_partition import Placement, disjoint
+from semipd.execute.cuda_start import Shape, start_cuda
+from tests.checkpoints import make_checkpoint
 from tests.execute.fake_cuda import UNITS, FakeBackend
 
 
@@ -37,6 +45,54 @@ def test_the_nearest_partition_stands_in_for_any_split(asked: tuple[int, int], g
     decode = table.place(Lane.DECODE, None, None).side
     prefill = table.place(Lane.PREFILL, None, None).side
     assert (decode.units, prefill.units) == (got, UNITS - got) and disjoint(prefill, decode)
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_what_a_card_grants_is_what_is_told(parts: bool) -> None:
+    """Metrics and what a way learns from show the units that lanes had, not those that were asked for."""
+    table = placement(parts=parts)
+    device = Device("d", UNITS, "SM", table.legal_splits, 2, only_legal=True)
+    for prefill, decode in itertools.product((0, 1, 7, 30, 66, 100, UNITS), repeat=2):
+        if not prefill and not decode:
+            continue
+        asked = Split.pair(prefill, decode, UNITS)
+        table.retarget(asked)
+        told = device.granted(asked)
+        for lane in (Lane.PREFILL, Lane.DECODE):
+            if asked.of(lane):
+                assert told.of(lane) == table.place(lane, None, None).side.units, (asked, told)
+            else:
+                assert not told.of(lane)
+
+
+def test_the_metrics_show_what_was_granted(tmp_path: Path) -> None:
+    """`--split static:100,32` on a card that can only be cut at 40, 80 and 120."""
+    backend = FakeBackend(step=40)
+    shape = Shape(slots=4, max_length=64, block_size=4, blocks=64, most_rows=64)
+    folder = make_checkpoint(tmp_path, "llama")
+    executor = start_cuda(backend, folder, shape, dtype="float32", graph_sides=0).executor
+    metrics, pool, told = Metrics(), BlockPool(64, 4), set()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Launched):
+            told.add((event.split.of(Lane.PREFILL), event.split.of(Lane.DECODE)))
+
+    engine = Engine(
+        executor,
+        SemiPD(Limits(UNITS, 32, 4), Static(100, 32, UNITS)),
+        {Lane.PREFILL: pool, Lane.DECODE: pool},
+        SimpleNamespace(now=backend.now),
+        max_sequences=4,
+        max_length=64,
+        observers=[metrics, hear],
+    )
+    for index in range(3):
+        engine.add(Request(f"{index}", list(range(5, 45)), 6))
+    while not engine.idle:
+        engine.step()
+    assert (92, 40) in told and told <= {(92, 40), (UNITS, 0), (0, UNITS)}
+    shown = metrics.snapshot().units
+    assert (shown["prefill"], shown["decode"]) in told
 
 
 def test_sides_of_unknown_sms_are_taken_to_overlap_except_with_their_pair() -> None:
