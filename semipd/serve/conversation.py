@@ -110,15 +110,17 @@ def tools_of(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     for place, name in enumerate(names):
         if not _NAME.fullmatch(name):
             raise Refused(f"tools[{place}]: a function's name has 1 to 128 characters, no blanks", "tools")
-    for place, tool in enumerate(tools or ()):
-        if tool.function.strict:
-            raise Refused(f"tools[{place}]: strict is not supported", "tools")
     if len(set(names)) < len(names):
         raise Refused("two tools have the same name", "tools")
     plain = [_plain_tool(tool.function) for tool in tools or ()]
     if not _is_flat(plain):
         raise Refused(f"tools are nested deeper than {MAX_DEPTH}", "tools")
     return plain
+
+
+def strict_of(tools: Sequence[Tool] | None) -> frozenset[str]:
+    """Names of the tools whose arguments have to follow their schemas."""
+    return frozenset(tool.function.name for tool in tools or () if tool.function.strict)
 
 
 def texts_of(value: Any) -> list[str]:

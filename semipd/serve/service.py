@@ -65,7 +65,7 @@ class Service:
         self.session = session
         self.gate = Gate(limits)
         self._chat = chat
-        self._tool_use = ToolUse(chat, tool_call_parser)
+        self._tool_use = ToolUse(chat, tokenizer, tool_call_parser)
         self._maker = maker
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
@@ -114,13 +114,15 @@ class Service:
         engine, salt = self.engine(), _salt(body)
 
         def work() -> Plan:
-            tools, calls = self._tool_use.of(body)
+            tools = self._tool_use.of(body)
+            if tools.grammar:
+                raise Refused("tool_choice: only none and auto are supported, not strict", "tool_choice")
             cut = body.truncate_prompt_tokens is not None
-            messages = self._messages(body.messages, tools, None if cut else engine.limit)
+            messages = self._messages(body.messages, tools.told, None if cut else engine.limit)
             params = params_of(body, asked, None)
-            ids = _last(chat.encode(messages, tools=tools), body, asked, engine.limit)
+            ids = _last(chat.encode(messages, tools=tools.told), body, asked, engine.limit)
             plan = self._maker.plan([ids], params, engine, salt, arrived)
-            return replace(_bounded(plan), told=True, calls=calls)
+            return replace(_bounded(plan), told=True, calls=tools.calls)
 
         try:
             return await self._off_loop(work)
@@ -195,12 +197,14 @@ class Service:
         return self._chat
 
     def _messages(
-        self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]], limit: int | None
+        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]], limit: int | None
     ) -> list[dict[str, Any]]:
         """As a template takes them, unless their texts and those of the tools cannot fit together."""
         plain = messages_of(messages)
         texts = "".join(text for message in plain for text in texts_of(message["content"]))
-        texts += "".join(texts_of([message.get("tool_calls", ()) for message in plain]) + texts_of(tools))
+        texts += "".join(
+            texts_of([message.get("tool_calls", ()) for message in plain]) + texts_of(list(tools))
+        )
         if limit is not None:
             self.tokenizer.check_size(texts, limit, "messages")
         elif len(texts) > MAX_TEXT:

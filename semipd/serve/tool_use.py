@@ -1,42 +1,91 @@
-"""What a chat request wants of tools: which the model is told of, and how its calls are found."""
+"""What a chat request wants of tools: which the model is told of, how its calls are found, and which it
+must make."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from semipd.core.errors import Refused
-from semipd.serve.calls import CallRule, format_of
+from semipd.serve.call_grammar import CallGrammar
+from semipd.serve.calls import CallFormat, CallRule, format_of
 from semipd.serve.chat import ChatTemplate
-from semipd.serve.conversation import NamedChoice, tools_of
+from semipd.serve.conversation import NamedChoice, strict_of, tools_of
 from semipd.serve.schema import ChatBody
+from semipd.serve.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Tools:
+    """told: for the template. calls: what to look for in the answer.
+
+    grammar: what the answer has to follow, and spelled: the same with every mark as text."""
+
+    told: Sequence[dict[str, Any]] = ()
+    calls: CallRule | None = None
+    grammar: str = ""
+    spelled: str = ""
 
 
 class ToolUse:
     """By one model's chat template. parser: the name of a format of calls, "auto" for the template's own,
     or "none" to leave calls in the text."""
 
-    def __init__(self, chat: ChatTemplate | None, parser: str = "auto") -> None:
-        self._takes_tools = chat is not None and chat.tool_source is not None
-        self._form = format_of(parser, chat.tool_source if chat is not None else None)
+    def __init__(self, chat: ChatTemplate | None, tokenizer: Tokenizer, parser: str = "auto") -> None:
+        source = chat.tool_source if chat is not None else None
+        self._takes_tools = source is not None
+        self._form = format_of(parser, source)
         self._parser = parser
+        if self._form is not None:
+            by_name = "[ARGS]" in (source or "")
+            marks = {
+                text: tokenizer.special[text] for text in self._form.marks if text in tokenizer.special
+            }
+            self._grammars = CallGrammar(self._form, marks, by_name), CallGrammar(self._form, {}, by_name)
 
-    def of(self, body: ChatBody) -> tuple[list[dict[str, Any]], CallRule | None]:
-        """Tools for the template, and what to look for in the answer. Raises Refused."""
-        tools = tools_of(body.tools)
+    def of(self, body: ChatBody) -> Tools:
+        """Raises Refused."""
+        told = tools_of(body.tools)
         choice = body.tool_choice or "auto"
-        if not tools:
+        if not told:
             if choice not in ("none", "auto"):
                 raise Refused("tool_choice needs tools", "tool_choice")
-            return [], None
+            return Tools()
         self.check()
         if choice == "none":
-            return [], None
-        if isinstance(choice, NamedChoice) or choice == "required":
-            raise Refused("tool_choice: only none and auto are supported", "tool_choice")
+            return Tools()
+        strict = strict_of(body.tools)
         if self._form is None:
-            return tools, None
-        names = frozenset(tool["function"]["name"] for tool in tools)
-        return tools, CallRule(self._form, names, body.parallel_tool_calls is False)
+            if choice != "auto" or strict:
+                param = "tools" if strict else "tool_choice"
+                raise Refused("this server does not look for calls (--tool-call-parser none)", param)
+            return Tools(told)
+        return self._with(self._form, told, choice, strict, body.parallel_tool_calls is False)
+
+    def _with(
+        self,
+        form: CallFormat,
+        told: list[dict[str, Any]],
+        choice: str | NamedChoice,
+        strict: frozenset[str],
+        single: bool,
+    ) -> Tools:
+        names = frozenset(tool["function"]["name"] for tool in told)
+        wanted = told
+        if isinstance(choice, NamedChoice):
+            single = True
+            wanted = [tool for tool in told if tool["function"]["name"] == choice.function.name]
+            if not wanted:
+                raise Refused("tool_choice names none of the tools", "tool_choice")
+        rule = CallRule(form, names, single)
+        if choice == "auto":
+            if not strict:
+                return Tools(told, rule)
+            texts = [grammar.allowed(told, strict) for grammar in self._grammars]
+        else:
+            texts = [grammar.required(wanted, single) for grammar in self._grammars]
+        return Tools(told, rule, *texts)
 
     def check(self) -> None:
         """Refuse tools where the model knows none, or nobody knows how it writes calls."""

@@ -1,0 +1,102 @@
+"""Grammars, in llguidance's dialect of Lark, of texts that call tools as they must."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from semipd.serve.calls import CallFormat
+
+# As models and their templates write JSON, and blanks have an end.
+_STYLE = {
+    "whitespace_pattern": r"( |\n[ \t]{0,40})?",
+    "whitespace_flexible": True,
+    "coerce_one_of": True,
+    "lenient": False,
+}
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_ANY_PARAMETERS = {"type": "object"}
+_ANY_TEXT = "REST: /(?s:.*)/\n"
+
+Tool = Mapping[str, Any]
+
+
+class CallGrammar:
+    """Of one model's way to write calls. marks: ids of those of its marks that are special tokens.
+
+    Each tool's schema stays a root of its own, so that its references stay in it."""
+
+    def __init__(self, form: CallFormat, marks: Mapping[str, int], by_name: bool = False) -> None:
+        """by_name: calls of the format "mistral" are a name and its arguments, not a list."""
+        self._form = form
+        self._marks = marks
+        self._by_name = by_name
+
+    def required(self, tools: Sequence[Tool], single: bool) -> str:
+        """Nothing but calls, at least one, all of these tools. single: and no more than one."""
+        blocks = "block"
+        if not single and self._form.closing:
+            blocks = r'block ("\n" block)*'
+        elif not single and self._by_name:
+            blocks = "block+"
+        opening = f"{self._mark(self._form.opening)} " if self._form.opening else ""
+        calls = _calls([(_name(tool), _schema(tool)) for tool in tools], self._call)
+        return f"start: {blocks}\nblock: {opening}{self._block(single)}\n{calls}"
+
+    def allowed(self, tools: Sequence[Tool], strict: frozenset[str]) -> str:
+        """Any text, in which all calls are of these tools. strict: names of those whose arguments follow
+        their schemas; those of others are any object."""
+        given = [
+            (_name(tool), _schema(tool) if _name(tool) in strict else _ANY_PARAMETERS) for tool in tools
+        ]
+        calls = f"block: {self._block(False)}\n{_calls(given, self._call)}"
+        opening = self._form.opening
+        if not opening:  # the whole text is a call, or does not begin like one
+            return f"start: block | REST\nREST: /(\\s*[^\\s{{](?s:.*))?/\n{calls}"
+        if opening in self._marks:
+            return f"start: (REST {self._mark(opening)} block)* REST\n{_ANY_TEXT}{calls}"
+        tag = "".join(f"\\{letter}" if letter in "[]/" else letter for letter in opening)
+        said = f"said[lazy]: /(?s:.*){tag}/\nREST: ~/(?s:.*){tag}(?s:.*)/\n"
+        return f"start: (said block)* REST\n{said}{calls}"
+
+    def _block(self, single: bool) -> str:
+        """What follows the opening."""
+        if self._form.closing:
+            return rf'"\n" call "\n" {self._mark(self._form.closing)}'
+        if self._form.opening and not self._by_name:
+            return '"[" call "]"' if single else '"[" call (", " call)* "]"'
+        return "call"
+
+    def _call(self, name: str, arguments: str) -> str:
+        if self._by_name:
+            return f"{_literal(name)} {self._mark('[ARGS]')} {arguments}"
+        key = "arguments" if self._form.opening else "parameters"
+        head = f'{{"name": {_literal(name)}, "{key}": '
+        return f'{_literal(head)} {arguments} "}}"'
+
+    def _mark(self, text: str) -> str:
+        return f"<[{self._marks[text]}]>" if text in self._marks else _literal(text)
+
+
+def _calls(tools: Sequence[tuple[str, Mapping[str, Any]]], call: Callable[[str, str], str]) -> str:
+    """Rules of `call`, which is one of any of the tools."""
+    rules = [f"call: {' | '.join(f'call{place}' for place in range(len(tools)))}\n"]
+    for place, (name, schema) in enumerate(tools):
+        rules.append(f"call{place}: {call(name, f'args{place}')}\n")
+        rules.append(f"args{place}: %json {json.dumps({**schema, 'x-guidance': _STYLE})}\n")
+    return "".join(rules)
+
+
+def _name(tool: Tool) -> str:
+    name: str = tool["function"]["name"]
+    return name
+
+
+def _schema(tool: Tool) -> Mapping[str, Any]:
+    schema: Mapping[str, Any] = tool["function"].get("parameters") or _NO_PARAMETERS
+    return {"type": "object", **schema}
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

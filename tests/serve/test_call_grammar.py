@@ -1,0 +1,132 @@
+"""Texts that must call tools: what follows the grammar is found to be calls; no other text follows it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from semipd.serve.call_grammar import CallGrammar
+from semipd.serve.calls import FORMATS, CallFinder
+from tests.serve.fakes import make_folder, make_tokenizer
+
+llguidance = pytest.importorskip("llguidance")
+
+LOOK: dict[str, Any] = {
+    "type": "object",
+    "properties": {"at": {"$ref": "#/$defs/place"}, "n": {"type": "integer", "minimum": 0, "maximum": 20}},
+    "required": ["at", "n"],
+    "additionalProperties": False,
+    "$defs": {"place": {"enum": ["x", "</tool_call>", 'a "b" [TOOL_CALLS]', "é"]}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "parameters": LOOK}},
+    {"type": "function", "function": {"name": 'g"é'}},
+]
+NAMES = frozenset(("look", 'g"é'))
+MARKS = {"<tool_call>": 3, "</tool_call>": 4, "[TOOL_CALLS]": 3, "[ARGS]": 4}
+WAYS = [("hermes", False), ("llama3", False), ("mistral", False), ("mistral", True)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder: Path = make_folder(tmp_path_factory.mktemp("model"))
+    return llguidance.LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=[0])
+
+
+class Walk:
+    """One text that follows a grammar."""
+
+    def __init__(self, tokenizer: Any, lark: str, marks: dict[str, int]) -> None:
+        grammar = llguidance.LLMatcher.grammar_from_lark(lark)
+        assert not (error := llguidance.LLMatcher.validate_grammar(grammar, tokenizer)), error
+        self._matcher = llguidance.LLMatcher(tokenizer, grammar)
+        self._named = {index: text for text, index in marks.items()}
+        self._raw = make_tokenizer()
+
+    def follows(self, *parts: str | int) -> bool:
+        """Whether a text may be this, of characters and special tokens, and end there."""
+        ids = [
+            i for part in parts for i in ([part] if isinstance(part, int) else self._raw.encode(part).ids)
+        ]
+        self._matcher.reset()
+        whole = self._matcher.validate_tokens(ids) == len(ids)
+        return whole and bool(self._matcher.consume_tokens(ids)) and bool(self._matcher.is_accepting())
+
+    def random(self, dice: random.Random) -> list[str]:
+        """A text by chance, token by token."""
+        self._matcher.reset()
+        pieces = []
+        for _ in range(2000):
+            mask = self._matcher.compute_bitmask()
+            choice = dice.choice([i for i in range(len(mask) * 8) if mask[i // 8] >> i % 8 & 1])
+            if choice == 0:
+                break
+            self._matcher.consume_token(choice)
+            name = self._named.get(choice)
+            pieces.append(name or self._raw.decode([choice]))
+        return pieces
+
+
+def calls_in(form: str, pieces: Sequence[str]) -> tuple[str, list[tuple[str, Any]]]:
+    finder = CallFinder(FORMATS[form], NAMES)
+    text, calls = finder.feed("".join(pieces), last=True)
+    return text, [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(("form", "by_name"), WAYS)
+def test_what_follows_is_a_call(tokenizer: Any, form: str, by_name: bool, special: bool) -> None:
+    marks = {text: MARKS[text] for text in FORMATS[form].marks if text in MARKS} if special else {}
+    dice = random.Random(1)
+    seen: set[int] = set()
+    for single in (False, True):
+        walk = Walk(tokenizer, CallGrammar(FORMATS[form], marks, by_name).required(TOOLS, single), marks)
+        for _ in range(6):
+            pieces = walk.random(dice)
+            text, calls = calls_in(form, pieces)
+            assert text == "" and calls, pieces
+            assert len(calls) == 1 or not single
+            seen.add(len(calls))
+            for name, arguments in calls:
+                assert name in NAMES
+                assert arguments == {} if name != "look" else set(arguments) == {"at", "n"}
+        assert not walk.follows("hello") and not walk.follows("")
+    assert seen > {1} or form == "llama3"
+
+
+LOOKS, EMPTY = '{"at": "é", "n": 7}', "{}"
+BAD = '{"at": "é", "n": "many"}'
+
+
+def hermes(arguments: str, name: str = "look") -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def test_free_text_with_strict_calls(tokenizer: Any) -> None:
+    walk = Walk(tokenizer, CallGrammar(FORMATS["hermes"], {}).allowed(TOOLS, frozenset(("look",))), {})
+    for text in ("", "hi", "a <tool> <tool_cal", "</tool_call>", f"hi {hermes(LOOKS)}\n{hermes(LOOKS)} so"):
+        assert walk.follows(text), text
+    assert walk.follows(hermes('{"what": [1]}', 'g\\"é')), "not strict"
+    assert not walk.follows(hermes(BAD)) and not walk.follows(hermes(EMPTY, "other"))
+    assert not walk.follows("<tool_call> is a tag")
+
+
+def test_free_text_with_strict_calls_in_other_forms(tokenizer: Any) -> None:
+    strict = frozenset(("look",))
+    walk = Walk(tokenizer, CallGrammar(FORMATS["llama3"], {}).allowed(TOOLS, strict), {})
+    for text in ("", "hi {", f'{{"name": "look", "parameters": {LOOKS}}}'):
+        assert walk.follows(text), text
+    assert not walk.follows(f'{{"name": "look", "parameters": {BAD}}}') and not walk.follows("{}")
+
+    marks = {"[TOOL_CALLS]": 3, "[ARGS]": 4}
+    walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks).allowed(TOOLS, strict), marks)
+    assert walk.follows("hi") and walk.follows("hi", 3, f'[{{"name": "look", "arguments": {LOOKS}}}]')
+    assert not walk.follows(3, f'[{{"name": "look", "arguments": {BAD}}}]') and not walk.follows(3, "hi")
+    walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks, True).allowed(TOOLS, strict), marks)
+    assert walk.follows("hi") and walk.follows("hi", 3, "look", 4, LOOKS, 3, "look", 4, LOOKS)
+    assert not walk.follows(3, "look", 4, BAD) and not walk.follows(3, "other", 4, EMPTY)
