@@ -110,8 +110,9 @@ class LLM:
 
     def _start(self, config: Config, model: ModelFolder, build: Build) -> None:
         self.tokenizer = Tokenizer(model.path) if (model.path / "tokenizer.json").is_file() else None
+        classes = config.policy.classes or ()
         self._maker = RequestMaker(
-            model, config.model.seed, config.cache.prefix_cache, config.policy.classes or ()
+            model, config.model.seed, config.cache.prefix_cache, classes, self.tokenizer
         )
         self._sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = (
             weakref.WeakKeyDictionary()

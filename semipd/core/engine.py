@@ -21,6 +21,7 @@ from semipd.core.keys import next_key
 from semipd.core.live import Flight, Live
 from semipd.core.ports import Clock, Executor, ExecutorLost, KVManager, Observer, Policy
 from semipd.core.types import (
+    NO_TOKEN,
     Batch,
     BlockAppend,
     BlockCopy,
@@ -42,6 +43,8 @@ from semipd.core.types import (
     Tokens,
     Work,
 )
+
+NOTHING_FOLLOWS = "no token can follow: what constrains the output leaves none, or became too complex"
 
 
 class Engine:
@@ -152,9 +155,9 @@ class Engine:
 
     def _launch(self) -> None:
         """Ask the policy until it has nothing more to launch."""
-        live, depth = self.live, self.executor.device.depth
+        live, device = self.live, self.executor.device
         while len(live):
-            idle = live.lanes_with_room(depth)
+            idle = live.lanes_with_room(device)
             if not idle:
                 return
             plan = self._policy.plan(idle, live, self.kv, self.clock.now())
@@ -211,6 +214,7 @@ class Engine:
         now = self.clock.now()
         error, tokens, take = result.error, iter(result.tokens), self._take_token
         transfer, size = result.lane is Lane.TRANSFER, self.block_size
+        failed = error is not None or NO_TOKEN in result.tokens
         got: list[Request] = []
         ids: list[int] = []
         ended: list[tuple[Request, FinishReason]] = []
@@ -221,8 +225,8 @@ class Engine:
                 request.stage is Stage.FINISHED
             ):  # while this step ran: drop the result, release when drained
                 self._release(request)
-            elif error is not None:
-                self._finish(request, FinishReason.ERROR, error)
+            elif failed and (error is not None or token == NO_TOKEN):
+                self._finish(request, FinishReason.ERROR, error or NOTHING_FOLLOWS)
             else:
                 request.computed = computed = start + count
                 if token is not None:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from semipd.core.types import Batch, Lane, Request, Split, Stage, StepResult, Work
+from semipd.core.types import Batch, Device, Lane, Request, Split, Stage, StepResult, Work
 
 LONG_STEP = 0.02  # seconds; waiting for the planner after such a step costs about a hundredth of it
 
@@ -41,6 +41,7 @@ class Live:
         self.flights: dict[Lane, deque[Flight]] = {lane: deque() for lane in lanes}
         self._took = dict.fromkeys(lanes, 0.0)  # seconds of the last step
         self.by_slot: dict[int, Request] = {}
+        self._constrained: set[int] = set()  # slots of requests whose rule has a constraint
         self.closed_slots: list[int] = []  # to be told to the executor before the next submit
         self.preempted: list[Request] = []  # since the engine last looked
         self.max_sequences = max_sequences
@@ -58,16 +59,21 @@ class Live:
         """Whether any step is in flight on the lane."""
         return bool(self.flights[lane])
 
-    def lanes_with_room(self, depth: int) -> frozenset[Lane]:
-        """Lanes that can take a step now: those without one, or with fewer than `depth`. No step is planned
-        ahead of a long one while prompts are on their way: whoever ends his prompt during the long one
-        would miss the next one, too."""
+    def lanes_with_room(self, device: Device) -> frozenset[Lane]:
+        """Lanes that can take a step now: those without one, or with fewer than the device's depth. No step
+        is planned ahead of a long one while prompts are on their way: whoever ends his prompt during the
+        long one would miss the next one, too."""
         prompts = bool(self.prefilling or self.transferring)
         return frozenset(
             lane
             for lane, flights in self.flights.items()
-            if len(flights) < (1 if prompts and self._took[lane] > LONG_STEP else depth)
+            if len(flights) < (1 if prompts and self._took[lane] > LONG_STEP else self._depth(lane, device))
         )
+
+    def _depth(self, lane: Lane, device: Device) -> int:
+        if self._constrained and lane is Lane.DECODE:
+            return min(device.constrained_depth, device.depth)
+        return device.depth
 
     def land(self, result: StepResult) -> Flight:
         """The flight that came back, the oldest of its lane."""
@@ -96,6 +102,8 @@ class Live:
         request.slot = self._free_slots.pop()
         request.stage = Stage.PREFILL
         self.by_slot[request.slot] = request
+        if request.sampling.constraint is not None:
+            self._constrained.add(request.slot)
         self.prefilling[request] = None
 
     def move(self, request: Request, stage: Stage) -> None:
@@ -120,6 +128,7 @@ class Live:
         if request.slot >= 0:
             del self.by_slot[request.slot]
             self._free_slots.append(request.slot)
+            self._constrained.discard(request.slot)
             if request.opened:
                 self.closed_slots.append(request.slot)
             request.slot = -1

@@ -5,6 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+NO_TOKEN = -1  # instead of a token: a slot's `Constraint` leaves none that may come
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """Which tokens may come: a pure function of this and of the tokens produced so far.
+
+    grammar: what the text must be, in llguidance's form; "": anything. ends: end-of-sequence tokens; under
+    a grammar they may come once its text is complete, and never before. allowed: no other tokens, where it
+    names any. bad_words: sequences of tokens, none empty, whose last may not come after the others.
+    """
+
+    grammar: str = ""
+    ends: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -18,7 +35,8 @@ class Sampling:
     Before temperature and filters: logits of tokens that occur below the position are divided by
     `repetition_penalty` where positive and multiplied where not; those of tokens that were produced, at
     positions from `prompt_length` on, lose `frequency_penalty` for every time and `presence_penalty` once;
-    `logit_bias` (distinct ids, each with what is added to its logit) comes last.
+    `logit_bias` (distinct ids, each with what is added to its logit) comes last. Tokens that `constraint`
+    rules out cannot be produced.
     logprobs: also tell of every produced token its `Score` with so many of the best; prompt_logprobs: of
     every prompt token but the first. None: do not.
     """
@@ -37,6 +55,7 @@ class Sampling:
     prompt_length: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def penalises(self) -> bool:

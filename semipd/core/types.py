@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from semipd.core.sampling import NO_TOKEN as NO_TOKEN
+from semipd.core.sampling import Constraint as Constraint
 from semipd.core.sampling import Sampling as Sampling
 from semipd.core.sampling import Score as Score
 
@@ -156,7 +158,8 @@ class Batch:
 class StepResult:
     """What became of one batch.
 
-    tokens: one id for every slice with `sample`, in the batch's order; empty when `error` is set.
+    tokens: one id for every slice with `sample`, in the batch's order; empty when `error` is set. NO_TOKEN
+    where the slot's `Constraint` leaves none: that request cannot go on.
     scores: of the tokens, and of prompt tokens, whose slots ask for them; positions of one slice rise.
     started, finished: seconds on the executor's clock (the same one that `Clock` reads).
     attempts: how often the batch was started; above 1 when a worker died under it.
@@ -219,6 +222,8 @@ class Device:
     units: cores or SMs. legal_splits: (prefill, decode) pairs with both above 0, disjoint.
     depth: steps that may be in flight on one lane. switch_seconds: cost of changing the split.
     only_legal: a split that is none of `legal_splits` becomes another one, see `granted`.
+    constrained_depth: the same of the decode lane while a live request has a `Constraint`: 1 where the host
+    works out what may come, and must have seen the token before.
     """
 
     name: str
@@ -228,6 +233,7 @@ class Device:
     depth: int
     switch_seconds: float = 0.0
     lanes: frozenset[Lane] = frozenset((Lane.PREFILL, Lane.DECODE))
+    constrained_depth: int = 1
     only_legal: bool = False
 
     def granted(self, split: Split) -> Split:

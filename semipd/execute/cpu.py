@@ -329,7 +329,7 @@ class CpuExecutor:
 def cpu_device(units: int, depth: int = 2) -> Device:
     """What a policy may know about this executor with so many cores."""
     legal = tuple((prefill, units - prefill) for prefill in range(1, units))
-    return Device("cpu", units, "core", legal, depth, SWITCH_SECONDS)
+    return Device("cpu", units, "core", legal, depth, SWITCH_SECONDS, constrained_depth=depth)
 
 
 def _poisoned(lane: Lane, flight: _Flight, now: float) -> StepResult:

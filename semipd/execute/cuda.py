@@ -27,7 +27,7 @@ from semipd.execute.cuda_partition import Placement
 from semipd.execute.device_scores import Told, Wanted
 from semipd.execute.device_storage import DeviceStorage, Packed, all_below, columns_of
 from semipd.model.device_model import DeviceModel
-from semipd.model.sampler_device import INVALID, chances_on_device, greedy, sample_on_device
+from semipd.model.sampler_device import chances_on_device, greedy, sample_on_device
 
 SWITCH_SECONDS = 100e-6  # host time; nothing is rebuilt and nothing waits
 POLL = 20e-6  # seconds between looks at events
@@ -309,11 +309,10 @@ class CudaExecutor:
         tokens: tuple[int, ...] = ()
         scores: tuple[Score, ...] = ()
         error = flight.error
-        if error is None and flight.ids is not None:
+        if error is None and flight.ids is not None and flight.packed is not None:
             tokens = tuple(flight.ids.values().tolist())
-            if INVALID in tokens:
-                error = f"the logits of row {tokens.index(INVALID)} have no finite maximum"
-                tokens = ()
+            if (bad := self._storage.learn(flight.packed, tokens)) is not None:
+                tokens, error = (), f"the logits of row {bad} have no finite maximum"
         if error is None and flight.told:
             try:
                 scores = tuple(score for told in flight.told for score in told.scores())

@@ -27,6 +27,7 @@ from semipd.model.device_model import DeviceModel, buffer_bytes, load_device_mod
 from semipd.model.ops import TILE, DeviceStep
 from semipd.model.sampler_device import (
     DeviceAdjustments,
+    DeviceMasks,
     DeviceRules,
     chances_on_device,
     sample_on_device,
@@ -91,7 +92,7 @@ def start_cuda(
         states = _lanes(backend, model, shape)
         most_rows = states[0].buffers.hidden.shape[0]
         blocks, max_length = _pool(backend, model, shape)
-        storage = DeviceStorage(backend, model, shape.slots, max_length, blocks, shape.block_size)
+        storage = DeviceStorage(backend, model, shape.slots, max_length, blocks, shape.block_size, folder)
         costs = _Costs(backend)
         placement = Placement(
             {lane: backend.whole(lane) for lane in LANES}, backend.partition(), backend.units
@@ -275,6 +276,9 @@ def _warm_sampling(backend: Backend, state: LaneState) -> None:
                 *(chances, chances, chances),
                 bias_tokens=whole,
                 bias=chances[None],
+            ),
+            masks=DeviceMasks(
+                whole[0] * 0, whole.expand(1, -(-state.buffers.logits.shape[1] // 64)).contiguous()
             ),
         )
         ids = sample_on_device(state.buffers.logits[:1], rules)

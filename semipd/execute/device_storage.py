@@ -8,6 +8,7 @@ arrive too late, and nothing on the device is written beside a step that reads i
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,12 @@ import torch
 
 from semipd.core.types import Batch, Sampling, Slice
 from semipd.execute.backend import Backend
+from semipd.execute.constraints import Constraints
 from semipd.execute.device_scores import Wanted, wanted_of_produced, wanted_of_prompts
 from semipd.execute.storage import SlotTable
 from semipd.model.device_model import DeviceModel
 from semipd.model.ops import TILE, DeviceStep, Outline
-from semipd.model.sampler_device import DeviceAdjustments, DeviceRules
+from semipd.model.sampler_device import INVALID, DeviceAdjustments, DeviceMasks, DeviceRules
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class DeviceStorage:
         max_length: int,
         blocks: int,
         block_size: int,
+        folder: str | os.PathLike[str] = "",
     ) -> None:
+        """folder: with the tokenizer, for slots under a grammar."""
         nbytes = SlotTable.nbytes(slots, max_length, block_size)
         self.table = SlotTable(bytearray(nbytes), slots, max_length, block_size)
         self.scratch = slots
@@ -78,6 +82,8 @@ class DeviceStorage:
         self._broken: dict[int, str] = {}  # slots whose prompt cannot be computed
         self._ruled: set[int] = set()  # open slots whose tokens may not be the best ones
         self._scored: set[int] = set()  # open slots that ask for scores
+        self._constrained: set[int] = set()  # open slots with a constraint
+        self._constraints = Constraints(self.table, folder, model.spec.vocabulary)
         device = backend.device
         with torch.inference_mode():
             self.tokens = torch.zeros((slots + 1, max_length + 2), dtype=torch.int32, device=device)
@@ -93,10 +99,11 @@ class DeviceStorage:
     def open(self, slot: int, tokens: Sequence[int], sampling: Sampling) -> None:
         """Raises ValueError out of range. A token outside the vocabulary fails the batches of this slot."""
         self.table.open(slot, tokens, sampling)
-        adjusted = sampling.penalises or sampling.logit_bias
+        adjusted = sampling.penalises or sampling.logit_bias or sampling.constraint is not None
         _note(self._ruled, slot, bool(sampling.temperature > 0 or sampling.ban_tokens or adjusted))
         asked = sampling.logprobs is not None or sampling.prompt_logprobs is not None
         _note(self._scored, slot, asked)
+        _note(self._constrained, slot, sampling.constraint is not None)
         known = np.asarray(tokens, dtype=np.int64)
         self._broken.pop(slot, None)
         if known.size and not 0 <= known.min() <= known.max() < self._vocabulary:
@@ -109,6 +116,7 @@ class DeviceStorage:
             self._unsent.pop(slot, None)
             self._ruled.discard(slot)
             self._scored.discard(slot)
+            self._constrained.discard(slot)
 
     def pack(self, batch: Batch, columns: np.ndarray, most_rows: int) -> Packed:
         """Check a batch, whose `columns_of` are given. Raises ValueError when it cannot run."""
@@ -201,7 +209,8 @@ class DeviceStorage:
         temperature = table.temperature[slots]
         banning = (produced < table.ban_until[slots]) & (table.ban_count[slots] > 0)
         adjusted = np.flatnonzero(table.adjusted[slots])
-        if not banning.any() and not (temperature > 0).any() and not adjusted.size:
+        masked = np.flatnonzero(table.constrained[slots])
+        if not (banning.any() or (temperature > 0).any() or adjusted.size or masked.size):
             return None
         count = len(slots)
         top_p, top_k = table.top_p[slots], table.top_k[slots]
@@ -223,6 +232,7 @@ class DeviceStorage:
             banning=sent[4] != 0,
             filtered=bool((top_p < 1.0).any() or (top_k > 0).any()),
             adjustments=self._adjustments(adjusted, slots, produced, backend) if adjusted.size else None,
+            masks=self._masks(masked, slots, produced, backend) if masked.size else None,
         )
 
     def _adjustments(
@@ -257,6 +267,33 @@ class DeviceStorage:
             bias_tokens=sent[6].view(count, width),
             bias=sent[5].view(torch.float32).view(count, -1)[:, :width],
         )
+
+    def _masks(
+        self, rows: np.ndarray, slots: np.ndarray, produced: np.ndarray, backend: Backend
+    ) -> DeviceMasks:
+        """Of these rows. Worked out here, while the device computes their logits."""
+        words = np.stack(
+            [
+                self._constraints.words(slot, at)
+                for slot, at in zip(slots[rows], produced[rows], strict=True)
+            ]
+        )
+        even = np.pad(words, ((0, 0), (0, words.shape[1] % 2)))
+        sent = _send(backend, (rows, even.reshape(-1).view(np.int64)))
+        return DeviceMasks(sent[0], sent[1].view(len(rows), -1))
+
+    def learn(self, packed: Packed, tokens: Sequence[int]) -> int | None:
+        """Take note of tokens on which a constraint depends. The first row that has none although no
+        constraint is to blame, or None."""
+        if not self._constrained and INVALID not in tokens:
+            return None
+        ends = (packed.starts + packed.counts)[packed.wanted].tolist()
+        for row, (slot, end) in enumerate(zip(packed.slots[packed.wanted].tolist(), ends, strict=True)):
+            if slot in self._constrained:
+                self.table.tokens[slot, end] = max(tokens[row], 0)
+            elif tokens[row] == INVALID:
+                return row
+        return None
 
     def wanted(self, packed: Packed) -> Wanted | None:
         """The produced tokens of a batch to score."""

@@ -86,7 +86,7 @@ def _load(start: Start, memory: int, channel: Channel[Order]) -> Storage | None:
         return None
     gc.collect()
     gc.freeze()  # later collections, in any worker, do not write to these pages
-    return Storage(model, shared, pool, start.cores)
+    return Storage(start.model, model, shared, pool, start.cores)
 
 
 def kv_pool(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from semipd.core.types import Score, Slice
+from semipd.execute.constraints import Constraints
 from semipd.execute.storage import SlotTable
 from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs
@@ -31,13 +33,21 @@ class Runner:
     """Runs steps of one lane over the shared storage: slot table, KV pool (`DenseModel.kv_shape`),
     weights."""
 
-    def __init__(self, model: DenseModel, table: SlotTable, kv: torch.Tensor, fused: bool = True) -> None:
+    def __init__(
+        self,
+        model: DenseModel,
+        table: SlotTable,
+        kv: torch.Tensor,
+        fused: bool = True,
+        folder: str | os.PathLike[str] = "",
+    ) -> None:
         """fused: run steps of one-token slices in a few calls where the model can; the tokens are the
-        same (`DenseModel.decode_step`)."""
+        same (`DenseModel.decode_step`). folder: with the tokenizer, for slots under a grammar."""
         self._model = model
         self._table = table
         self._kv = kv
         self._pool = Pool.of(kv)
+        self._constraints = Constraints(table, folder, model.spec.vocabulary)
         self._step = model.decode_step(kv, table.tokens, table.blocks) if fused else None
 
     def run(self, slices: Sequence[Slice], boundary: Boundary) -> Produced:
@@ -77,7 +87,7 @@ class Runner:
             return Produced([], scores)
         sampled, produced = slots[rows], (starts + counts)[rows]
         tokens, more = self._choose(logits, sampled, produced, rows)
-        self._table.tokens[sampled, produced] = tokens
+        self._table.tokens[sampled, produced] = np.maximum(tokens, 0)  # a step ahead may read NO_TOKEN's
         return Produced(tokens, scores + more)
 
     def _decode(
@@ -96,7 +106,7 @@ class Runner:
             tokens[others], scores = self._choose(
                 step.logits(others), slots[others], produced[others], others
             )
-        table.tokens[slots, produced] = tokens
+        table.tokens[slots, produced] = np.maximum(tokens, 0)
         chosen: list[int] = tokens.tolist()
         return Produced(chosen, scores)
 
@@ -109,7 +119,7 @@ class Runner:
         asked = np.flatnonzero(counts >= 0)
         raw = logits[torch.from_numpy(asked)] if asked.size else logits[:0]  # a copy
         tokens = sample(logits, self._rules(slots, produced))
-        found = chances(raw, [tokens[place] for place in asked], counts[asked].tolist())
+        found = chances(raw, [max(tokens[place], 0) for place in asked], counts[asked].tolist())
         places = zip(rows[asked].tolist(), produced[asked].tolist(), found, strict=True)
         return Produced(tokens, tuple(Score(row, position, *chance) for row, position, chance in places))
 
@@ -210,6 +220,10 @@ class Runner:
             adjustments={
                 row: self._adjustment(int(slots[row]), int(produced[row]))
                 for row in np.flatnonzero(table.adjusted[slots]).tolist()
+            },
+            masks={
+                row: self._constraints.mask(int(slots[row]), int(produced[row]))
+                for row in np.flatnonzero(table.constrained[slots]).tolist()
             },
         )
 

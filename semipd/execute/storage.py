@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
-from semipd.core.types import BlockAppend, Sampling
+from semipd.core.types import BlockAppend, Constraint, Sampling
 
 MAX_BANNED = 80  # ids that a slot can ban while min_tokens holds: stop ids plus end-of-sequence ids
 MAX_BIASES = 300  # entries of `logit_bias`
+MAX_CONSTRAINT = 2**17  # bytes of a constraint; memory that no slot has used is not there yet
 
 
 class SlotTable:
@@ -55,6 +57,10 @@ class SlotTable:
     bias_values: np.ndarray
     logprobs: np.ndarray  # -1: none wanted
     prompt_logprobs: np.ndarray  # -1: none wanted
+    constraint: np.ndarray  # uint8 [slots, MAX_CONSTRAINT], of which the first `constraint_bytes` hold one
+    constraint_bytes: np.ndarray
+    constrained: np.ndarray
+    opening: np.ndarray  # how often the slot was opened: tells whoever remembers something of it
     adjusted: np.ndarray  # whether penalties or biases change logits
     special: np.ndarray  # whether it takes more than the best entry of the logits, bans aside
     opened: np.ndarray
@@ -76,6 +82,13 @@ class SlotTable:
             raise ValueError(f"at most {MAX_BANNED} tokens can be banned, not {len(sampling.ban_tokens)}")
         if len(sampling.logit_bias) > MAX_BIASES:
             raise ValueError(f"at most {MAX_BIASES} biases, not {len(sampling.logit_bias)}")
+        constraint = b"" if sampling.constraint is None else msgspec.msgpack.encode(sampling.constraint)
+        if len(constraint) > MAX_CONSTRAINT:
+            raise ValueError(f"a constraint of {len(constraint)} bytes; at most {MAX_CONSTRAINT} fit")
+        self.opening[slot] += 1
+        self.constraint[slot, : len(constraint)] = np.frombuffer(constraint, np.uint8)
+        self.constraint_bytes[slot] = len(constraint)
+        self.constrained[slot] = sampling.constraint is not None
         self.tokens[slot, : len(tokens)] = tokens
         self.temperature[slot] = sampling.temperature
         self.top_p[slot] = sampling.top_p
@@ -89,7 +102,8 @@ class SlotTable:
         self.logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self.prompt_logprobs[slot] = -1 if sampling.prompt_logprobs is None else sampling.prompt_logprobs
         asked = sampling.logprobs is not None
-        self.special[slot] = sampling.temperature > 0 or asked or self.adjusted[slot]
+        ruled = self.adjusted[slot] or self.constrained[slot]
+        self.special[slot] = sampling.temperature > 0 or asked or ruled
         self.opened[slot] = True
 
     def _adjust(self, slot: int, sampling: Sampling) -> None:
@@ -102,6 +116,11 @@ class SlotTable:
         self.bias_tokens[slot, :count] = [token for token, _ in sampling.logit_bias]
         self.bias_values[slot, :count] = [value for _, value in sampling.logit_bias]
         self.adjusted[slot] = sampling.penalises or count > 0
+
+    def constraint_of(self, slot: int) -> Constraint:
+        """The constraint of a slot that has one."""
+        data = self.constraint[slot, : self.constraint_bytes[slot]].tobytes()
+        return msgspec.msgpack.decode(data, type=Constraint)
 
     def close(self, slot: int) -> None:
         self.opened[slot] = False
@@ -134,6 +153,10 @@ def _fields(slots: int, max_length: int, block_size: int) -> tuple[tuple[str, ty
         ("bias_values", np.float32, (slots, MAX_BIASES)),
         ("logprobs", np.int32, (slots,)),
         ("prompt_logprobs", np.int32, (slots,)),
+        ("constraint", np.uint8, (slots, MAX_CONSTRAINT)),
+        ("constraint_bytes", np.int32, (slots,)),
+        ("constrained", np.bool_, (slots,)),
+        ("opening", np.int64, (slots,)),
         ("adjusted", np.bool_, (slots,)),
         ("special", np.bool_, (slots,)),
         ("opened", np.bool_, (slots,)),

@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Storage:
-    """What workers share and outlives them. cores: system numbers of the device's units."""
+    """What workers share and outlives them. folder: the model's. cores: system numbers of the device's
+    units."""
 
+    folder: str
     model: DenseModel
     shared: SharedMemory
     pool: torch.Tensor
@@ -33,7 +35,7 @@ def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
     keep_freed_memory()
     shared = storage.shared
     share = Share(shared.words, lane, storage.cores, shared.descriptor, torch.set_num_threads)
-    runner = Runner(storage.model, shared.table, storage.pool)
+    runner = Runner(storage.model, shared.table, storage.pool, folder=storage.folder)
     with torch.inference_mode():
         while True:
             job = jobs.poll()

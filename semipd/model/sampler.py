@@ -3,7 +3,7 @@ time.
 
 Nothing here depends on the batch, on earlier draws or on the number of threads, so a step can be run again,
 or in other company, and gives the same tokens. The order is the field's: repetition penalty, frequency and
-presence penalties, biases, bans; then temperature, top-k, top-p, min-p.
+presence penalties, biases, bans, masks; then temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+from semipd.core.types import NO_TOKEN
 
 _MASK = 2**64 - 1
 _HEAD = np.float32(1e-5)  # weights from here up (the best has 1) are searched first for a cut
@@ -40,7 +42,8 @@ class SamplingRows:
     """The rule of each row, arrays of length n. position: of the token being produced.
 
     ban_tokens: int [n, any], of which the first `ban_count` of a row cannot be produced while
-    `position < ban_until`. adjustments: by row, for the rows that have one."""
+    `position < ban_until`. adjustments: by row, for the rows that have one. masks: by row, bool
+    [vocabulary], false where a token may not come, for the rows that are constrained."""
 
     temperature: np.ndarray
     top_p: np.ndarray
@@ -52,10 +55,12 @@ class SamplingRows:
     ban_count: np.ndarray
     ban_tokens: np.ndarray
     adjustments: Mapping[int, Adjustment] = field(default_factory=dict)
+    masks: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
     """One token per row of logits, float32 [n, vocabulary], which is overwritten where a rule changes it.
+    NO_TOKEN for a row whose mask leaves none.
 
     Raises FloatingPointError when a row holds NaN, or nothing finite to choose from."""
     values = logits.numpy()
@@ -64,15 +69,20 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
     banning = (rows.position < rows.ban_until) & (rows.ban_count > 0)
     for row in np.flatnonzero(banning).tolist():
         values[row, rows.ban_tokens[row, : rows.ban_count[row]]] = -np.inf
+    for row, allowed in rows.masks.items():
+        np.copyto(values[row], -np.inf, where=~allowed)
     tokens = values.argmax(axis=1)  # the first of equals; NaN counts as the largest of all
     best = values[np.arange(len(tokens)), tokens]
+    if rows.masks:
+        empty = [row for row in rows.masks if best[row] == -np.inf]
+        tokens[empty], best[empty] = NO_TOKEN, 0.0
     bad = np.flatnonzero(~np.isfinite(best))
     if bad.size:
         raise FloatingPointError(
             f"the logits of row {bad[0]} have no finite maximum: {float(best[bad[0]])}"
         )
     chosen: list[int] = tokens.tolist()
-    for row in np.flatnonzero(rows.temperature > 0).tolist():
+    for row in np.flatnonzero((rows.temperature > 0) & (tokens != NO_TOKEN)).tolist():
         weights = filtered_weights(
             values[row],
             float(rows.temperature[row]),

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as functional
 
-INVALID = -1  # the token of a row whose logits have no finite maximum
+from semipd.core.types import NO_TOKEN
+
+INVALID = NO_TOKEN  # the token of a row whose logits have no finite maximum
 _BLOCK = 256  # entries whose weights are summed together, as in `sampler.draw`
 
 
@@ -36,6 +38,15 @@ class DeviceAdjustments:
 
 
 @dataclass(frozen=True)
+class DeviceMasks:
+    """Tokens that may come in m of the rows, on the device. rows: int64 [m]. words: int64 [m, any], bits,
+    token 0 the lowest of the first."""
+
+    rows: torch.Tensor
+    words: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DeviceRules:
     """The rules of n rows, on the device. temperature, top_p, min_p: float32; top_k, seed, position: int64;
     banned: int64 [n, any], ids that cannot be produced, each row filled up with one of its own; banning:
@@ -51,6 +62,7 @@ class DeviceRules:
     banning: torch.Tensor
     filtered: bool
     adjustments: DeviceAdjustments | None = None
+    masks: DeviceMasks | None = None
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -68,6 +80,8 @@ def sample_on_device(logits: torch.Tensor, rules: DeviceRules) -> torch.Tensor:
         adjust_on_device(logits, rules.adjustments)
     held = logits.gather(1, rules.banned)
     logits.scatter_(1, rules.banned, held.masked_fill(rules.banning[:, None], float("-inf")))
+    if rules.masks is not None:
+        mask_on_device(logits, rules.masks)
     best = greedy(logits)
     weights = _filtered_weights(logits, rules)
     drawn = _draw(weights, uniform(rules.seed, rules.position))
@@ -90,6 +104,15 @@ def adjust_on_device(logits: torch.Tensor, rule: DeviceAdjustments) -> None:
     values -= rule.frequency[:, None] * counts + rule.presence[:, None] * (counts > 0)
     values.scatter_add_(1, rule.bias_tokens, rule.bias)
     logits.index_copy_(0, rule.rows, values)
+
+
+def mask_on_device(logits: torch.Tensor, masks: DeviceMasks) -> None:
+    """Rule out tokens in some rows of logits, float32 [n, vocabulary], in place."""
+    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    octets = masks.words.view(torch.uint8)[:, :, None]
+    ruled_out = (octets.bitwise_right_shift(bits).bitwise_and_(1) == 0).flatten(1)[:, : logits.shape[1]]
+    values = logits.index_select(0, masks.rows).masked_fill_(ruled_out, float("-inf"))
+    logits.index_copy_(0, masks.rows, values)
 
 
 def chances_on_device(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:

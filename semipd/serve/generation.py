@@ -13,9 +13,10 @@ import msgspec
 from semipd.config import NEUTRAL_CLASSES, ServiceClass
 from semipd.core import keys
 from semipd.core.errors import Refused
-from semipd.core.types import Sampling
+from semipd.core.types import Constraint, Sampling
 from semipd.serve.alignment import Alignment
 from semipd.serve.calls import CallRule
+from semipd.serve.constraint import ConstraintMaker
 from semipd.serve.messages import EngineInfo, Submit
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import SamplingParams
@@ -50,9 +51,11 @@ class RequestMaker:
         seed: int = 0,
         prefix_cache: bool = True,
         classes: Sequence[ServiceClass] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        """classes: what requests may name as their service class."""
+        """classes: what requests may name as their service class. tokenizer: the model's, if it has one."""
         self._model = model
+        self._constraints = ConstraintMaker(model, tokenizer)
         self._classes = {entry.name for entry in classes}
         self._by_priority = {entry.priority: entry.name for entry in classes if entry.priority is not None}
         self._prefix_cache = prefix_cache
@@ -84,7 +87,8 @@ class RequestMaker:
         self, ids: Sequence[int], params: SamplingParams, engine: EngineInfo, salt: str | None, age: float
     ) -> list[Submit]:
         most = self._max_tokens(ids, params, engine.limit)
-        stop_tokens = self._stop_tokens(params)
+        constraint = self._constraints.of(params)
+        stop_tokens = self._stop_tokens(params, constraint)
         service_class = self._service_class(params.service_tier, params.priority)
         sampling = Sampling(
             temperature=float(params.temperature or 0.0),
@@ -100,6 +104,7 @@ class RequestMaker:
             prompt_length=len(ids),
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
+            constraint=constraint,
         )
         # To score a prompt takes the logits of all its positions, so it has no keys to match.
         cached = self._prefix_cache and params.prompt_logprobs is None
@@ -164,12 +169,13 @@ class RequestMaker:
                 raise Refused(f"logit_bias names token {token}, not in the vocabulary", "logit_bias")
         return params.biases
 
-    def _stop_tokens(self, params: SamplingParams) -> tuple[int, ...]:
+    def _stop_tokens(self, params: SamplingParams, constraint: Constraint | None) -> tuple[int, ...]:
         for token in params.stop_token_ids:
             if token >= self._model.vocabulary:
                 raise Refused(f"stop token {token} is not in the vocabulary", "stop_token_ids")
         eos = () if params.ignore_eos else self._model.eos
-        return tuple(dict.fromkeys([*params.stop_token_ids, *eos]))
+        ends = constraint.ends if constraint is not None and constraint.grammar else ()
+        return tuple(dict.fromkeys([*params.stop_token_ids, *eos, *ends]))
 
 
 async def generate(

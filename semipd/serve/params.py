@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from semipd.core.errors import Refused
 
@@ -17,6 +18,9 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_BIASES = 300
 MAX_BIAS = 100.0
+MAX_ALLOWED = 4096
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD = 256
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class SamplingParams:
     logprobs: tell the log probability of each produced token and so many of the likeliest (0 to 20), by the
     model's logits as they are before penalties, biases, temperature and filters. prompt_logprobs: the same
     of the prompt's tokens but the first; such a prompt is computed whole, whatever the prefix cache has.
+    response_format: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"name", "schema"}}
+    as in OpenAI's API: the text is such a value, and ends with it unless max_tokens cut it.
+    allowed_token_ids: nothing else is produced, not even end-of-sequence. bad_words: texts that are not.
     service_tier: name of a service class of the engine; "auto" and "default" say nothing.
     priority: that of a service class, instead of its name; 0 says nothing where no class has it.
     Raises Refused, naming the field, when a value is out of bounds.
@@ -59,6 +66,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    response_format: Mapping[str, Any] | None = None
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    bad_words: tuple[str, ...] | list[str] = ()
     service_tier: str | None = None
     priority: int | None = None
 
@@ -91,6 +101,10 @@ class SamplingParams:
         object.__setattr__(self, "stop", _stops(self.stop))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop_token_ids", _stop_tokens(self.stop_token_ids))
+        if self.response_format is not None and not isinstance(self.response_format, Mapping):
+            raise Refused("response_format must be an object with a type", "response_format")
+        object.__setattr__(self, "allowed_token_ids", _allowed(self.allowed_token_ids))
+        object.__setattr__(self, "bad_words", _bad_words(self.bad_words))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -172,6 +186,29 @@ def _stop_tokens(ids: object) -> tuple[int, ...]:
     for token in ids:
         _whole("stop_token_ids", _given("stop_token_ids", token), 0, MAX_TOKEN_ID)
     return tuple(dict.fromkeys(ids))
+
+
+def _allowed(ids: object) -> tuple[int, ...] | None:
+    if ids is None:
+        return None
+    if not isinstance(ids, (tuple, list)) or not 1 <= len(ids) <= MAX_ALLOWED:
+        raise Refused(
+            f"allowed_token_ids must be a list of 1 to {MAX_ALLOWED} token ids", "allowed_token_ids"
+        )
+    for token in ids:
+        _whole("allowed_token_ids", _given("allowed_token_ids", token), 0, MAX_TOKEN_ID)
+    return tuple(dict.fromkeys(ids))
+
+
+def _bad_words(words: object) -> tuple[str, ...]:
+    if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
+        raise Refused("bad_words must be a list of strings", "bad_words")
+    if len(words) > MAX_BAD_WORDS:
+        raise Refused(f"at most {MAX_BAD_WORDS} bad words, not {len(words)}", "bad_words")
+    for word in words:
+        if not word or len(word) > MAX_BAD_WORD:
+            raise Refused(f"a bad word must have 1 to {MAX_BAD_WORD} characters", "bad_words")
+    return tuple(words)
 
 
 def _biases(given: object) -> tuple[tuple[int, float], ...]:

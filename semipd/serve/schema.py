@@ -28,9 +28,7 @@ _ABSENT: tuple[Any, ...] = (None,)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (),
-    "allowed_token_ids": _ABSENT,
     "audio": _ABSENT,
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": _ABSENT,
     "chat_template_kwargs": ({},),
@@ -54,7 +52,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_cache_key": _ABSENT,
     "prompt_embeds": _ABSENT,
     "reasoning_effort": _ABSENT,
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "safety_identifier": _ABSENT,
     "spaces_between_special_tokens": (True,),
@@ -81,6 +78,22 @@ class StreamOptions(_Body, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+class SchemaFormat(_Body, kw_only=True):
+    """What a text must be. strict: true or false, the schema is followed."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body, kw_only=True):
+    """type: text, json_object, or json_schema with one."""
+
+    type: str
+    json_schema: SchemaFormat | None = None
+
+
 class GenerationBody(_Body, kw_only=True):
     """What completions and chat completions have in common. null means the default.
 
@@ -104,6 +117,9 @@ class GenerationBody(_Body, kw_only=True):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None

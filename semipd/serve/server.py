@@ -62,9 +62,8 @@ def run_server(config: Config, engine: EngineProcess) -> int:
         try:
             tokenizer = Tokenizer(resolved.folder)
             chat = load_chat_template(resolved.folder, tokenizer)
-            maker = RequestMaker(
-                folder, config.model.seed, config.cache.prefix_cache, config.policy.classes or ()
-            )
+            classes = config.policy.classes or ()
+            maker = RequestMaker(folder, config.model.seed, config.cache.prefix_cache, classes, tokenizer)
             limits = Limits.of(config.server)
             parser = config.server.tool_call_parser
             service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits, parser)

@@ -23,6 +23,7 @@ from semipd.execute.launch import environment
 from semipd.execute.wire import cut_scores
 from tests.checkpoints import VOCABULARY
 from tests.execute.conformance import Driver, ExecutorConformance, Harness
+from tests.execute.constrained import CHECKS, Check, survives_a_death
 from tests.execute.cpu_tools import (
     WIDE_BYTES,
     await_step,
@@ -56,6 +57,15 @@ class TestCpuExecutor(ExecutorConformance):
     @pytest.fixture
     def harness(self, checkpoint: Path) -> Harness:
         return CpuHarness(checkpoint)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_constraint(lasting: CpuExecutor, check: Check) -> None:
+    check(Driver(lasting, 4))
+
+
+def test_a_constraint_survives_a_death(lasting: CpuExecutor, checkpoint: Path) -> None:
+    survives_a_death(Driver(lasting, 4), CpuHarness(checkpoint).kill)
 
 
 def test_scores_of_a_step_may_take_several_packets(lasting: CpuExecutor) -> None:

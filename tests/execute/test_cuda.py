@@ -20,7 +20,8 @@ from semipd.core.types import Lane, Request, Sampling
 from semipd.execute.cuda import CudaExecutor
 from semipd.execute.cuda_start import Shape, start_cuda
 from tests.checkpoints import VOCABULARY, make_checkpoint
-from tests.execute.conformance import ExecutorConformance, Harness
+from tests.execute.conformance import Driver, ExecutorConformance, Harness
+from tests.execute.constrained import CHECKS, Check
 from tests.execute.fake_cuda import UNITS, FakeBackend
 
 
@@ -66,6 +67,14 @@ class TestCudaExecutorWithoutGraphs(ExecutorConformance):
     @pytest.fixture
     def harness(self, checkpoint: Path) -> Harness:
         return CudaHarness(checkpoint, graph_sides=0)
+
+
+@pytest.mark.parametrize("graph_sides", [0, 2])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_constraint(checkpoint: Path, check: Check, graph_sides: int) -> None:
+    executor = make(checkpoint, FakeBackend(), graph_sides)
+    check(Driver(executor, 4))
+    executor.close()
 
 
 class TestCudaExecutorWithoutPartitions(ExecutorConformance):

@@ -25,6 +25,7 @@ from semipd.execute.cuda_backend import CudaBackend
 from semipd.execute.cuda_start import Shape, start_cuda
 from tests.checkpoints import VOCABULARY, make_checkpoint
 from tests.execute.conformance import Driver, ExecutorConformance, Harness
+from tests.execute.constrained import CHECKS, Check
 
 PROMPTS = [[(11 * i * i + 5 * i + seed) % VOCABULARY for i in range(20 + 37 * seed)] for seed in range(8)]
 TOKENS = 24
@@ -94,6 +95,14 @@ class TestConformanceWithoutGraphs(ExecutorConformance):
     @pytest.fixture
     def harness(self, checkpoint: Path) -> Harness:
         return GpuHarness(checkpoint, graph_sides=0)
+
+
+@pytest.mark.parametrize("graph_sides", [0, 2])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_constraint(checkpoint: Path, check: Check, graph_sides: int) -> None:
+    executor = GpuHarness(checkpoint, graph_sides).make()
+    check(Driver(executor, 4))
+    executor.close()
 
 
 def reference(folder: Path, dtype: torch.dtype) -> tuple[list[list[int]], list[np.ndarray]]:

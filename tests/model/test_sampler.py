@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from semipd.core.types import NO_TOKEN
 from semipd.model.sampler import SamplingRows, draw, filtered_weights, sample, uniform
 
 
@@ -86,8 +88,27 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
 
 
 def _pick(rule: SamplingRows, order: np.ndarray) -> SamplingRows:
-    columns = {name: column[order] for name, column in vars(rule).items() if name != "adjustments"}
-    return SamplingRows(**columns)
+    by_row = ("adjustments", "masks")
+    return SamplingRows(
+        **{name: column[order] for name, column in vars(rule).items() if name not in by_row}
+    )
+
+
+def test_a_mask_rules_out_the_best_and_may_leave_nothing() -> None:
+    """Of the masked row alone; NaN is still an error, since no mask explains it."""
+    rows = logits(4, 100)
+    expected = rows.argmax(-1).tolist()
+    masks = {row: np.ones(100, np.bool_) for row in (1, 2)}
+    masks[1][expected[1]] = False
+    masks[2][:] = False
+    second = rows[1].argsort(descending=True)[1].item()
+    rule = replace(rules(4, temperature=np.array([0.0, 0.0, 1.0, 0.0])), masks=masks)
+    assert sample(rows.clone(), rule) == [expected[0], second, NO_TOKEN, expected[3]]
+    masks[1][:], masks[1][7] = False, True
+    assert sample(rows.clone(), replace(rule, temperature=np.full(4, 2.0)))[1:3] == [7, NO_TOKEN]
+    rows[1, 7] = float("nan")
+    with pytest.raises(FloatingPointError, match="row 1"):
+        sample(rows, rule)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from semipd.model.sampler import SamplingRows, sample, uniform
-from semipd.model.sampler_device import INVALID, DeviceRules, greedy, sample_on_device
+from semipd.model.sampler_device import INVALID, DeviceMasks, DeviceRules, greedy, sample_on_device
 from semipd.model.sampler_device import uniform as device_uniform
 from tests.model.conftest import one_thread  # noqa: F401  (a fixture)
 
@@ -71,6 +72,25 @@ def test_both_samplers_choose_the_same_tokens(given: dict[str, Any]) -> None:
     logits[:, 3] += 8  # what is banned would win
     one, other = rules(64, **given)
     assert sample_on_device(logits.clone(), other).tolist() == sample(logits.clone(), one)
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 1024, 1025])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_both_samplers_apply_the_same_masks(vocabulary: int, temperature: float) -> None:
+    """Bits that do not fill the last word, whole words ruled out, and a row that has nothing left."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(16, vocabulary, generator=generator) * 3
+    chosen = (2, 3, 5, 15)
+    bits = (torch.rand(4, vocabulary, generator=generator) < 0.2).numpy()
+    bits[1, 64:], bits[2] = False, False
+    words = np.zeros((4, -(-vocabulary // 64) * 8), np.uint8)
+    packed = np.packbits(bits, axis=1, bitorder="little")
+    words[:, : packed.shape[1]] = packed
+    one, other = rules(16, temperature=temperature)
+    masks = DeviceMasks(torch.tensor(chosen), torch.from_numpy(words.view(np.int64)))
+    found = sample_on_device(logits.clone(), replace(other, masks=masks)).tolist()
+    assert found == sample(logits.clone(), replace(one, masks=dict(zip(chosen, bits, strict=True))))
+    assert found[5] == INVALID and found[3] < 64 and bits[0, found[2]]
 
 
 def test_the_number_of_a_seed_and_position_is_the_same() -> None:

@@ -61,7 +61,7 @@ def serving(
     model = read_model_folder(folder)
     tokenizer = Tokenizer(folder)
     chat = load_chat_template(folder, tokenizer)
-    maker = RequestMaker(model, classes=policy.classes or ())
+    maker = RequestMaker(model, classes=policy.classes or (), tokenizer=tokenizer)
     service = Service("tiny", model, tokenizer, chat, maker, session, limits, tool_call_parser)
     http = http_server(create_app(service, "1.2.3", api_key, metrics_alias), limits)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -144,7 +144,7 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"prompt": "a", "frequency_penalty": "1"}, "frequency_penalty"),
         ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
         ({"prompt": "a", "repetition_penalty": 101}, "repetition_penalty"),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"prompt": "a", "response_format": {"type": "yaml"}}, "response_format"),
         ({"prompt": "a", "no_such_thing": None}, "no_such_thing"),
     ],
 )

@@ -1,0 +1,97 @@
+"""Which tokens the slots' constraints allow: worked out where tokens are chosen, from the slot table alone.
+
+What is kept between steps only saves work: whoever has nothing, such as a worker that has just been forked,
+works the same out anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from semipd.core.types import Constraint
+from semipd.execute.storage import SlotTable
+from semipd.model.grammar import WORD, Follower, GrammarError, GrammarTokenizer
+
+log = logging.getLogger("semipd")
+
+_GRAMMARS = 32  # compiled ones that are kept
+
+
+@dataclass
+class _Known:
+    """Of one slot. opening: which of its openings this belongs to. allowed: a mask, before the rest."""
+
+    opening: int
+    constraint: Constraint
+    allowed: np.ndarray
+    follower: Follower | None
+
+
+class Constraints:
+    """folder: of the model, with its tokenizer.json. vocabulary: entries of a row of logits."""
+
+    def __init__(self, table: SlotTable, folder: str | os.PathLike[str], vocabulary: int) -> None:
+        self._table = table
+        self._file = Path(folder) / "tokenizer.json"
+        self._vocabulary = vocabulary
+        self._tokenizer: GrammarTokenizer | None = None
+        self._compiled: OrderedDict[str, Follower] = OrderedDict()
+        self._known: dict[int, _Known] = {}
+
+    def words(self, slot: int, position: int) -> np.ndarray:
+        """Tokens that may be produced at this position of a constrained slot, bits of uint32 as in
+        `Follower.mask`; none where nothing may. The table has the tokens below the position."""
+        table = self._table
+        known = self._known.get(slot)
+        if known is None or known.opening != table.opening[slot]:
+            known = self._known[slot] = self._open(slot)
+        output = table.tokens[slot, table.prompt_length[slot] : position]
+        allowed = known.allowed.copy()
+        if known.constraint.grammar:
+            if known.follower is None:
+                return np.zeros_like(allowed)
+            allowed &= known.follower.mask(output)
+        for *before, last in known.constraint.bad_words:
+            if before == output[len(output) - len(before) :].tolist():
+                allowed[last // WORD] &= ~np.uint32(1 << last % WORD)
+        return allowed
+
+    def mask(self, slot: int, position: int) -> np.ndarray:
+        """The same as bool [vocabulary]."""
+        bits = np.unpackbits(self.words(slot, position).view(np.uint8), bitorder="little")
+        return bits[: self._vocabulary].view(np.bool_)
+
+    def _open(self, slot: int) -> _Known:
+        constraint = self._table.constraint_of(slot)
+        follower = None
+        if constraint.grammar:
+            try:
+                follower = self._follower(constraint)
+            except GrammarError as error:  # the request's end, and no other's
+                log.warning("%s", error)
+        return _Known(int(self._table.opening[slot]), constraint, self._always(constraint), follower)
+
+    def _always(self, constraint: Constraint) -> np.ndarray:
+        """The mask of what does not depend on the text."""
+        bits = np.zeros(-(-self._vocabulary // WORD) * WORD, np.uint8)
+        bits[list(constraint.allowed) if constraint.allowed else slice(self._vocabulary)] = 1
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def _follower(self, constraint: Constraint) -> Follower:
+        if self._tokenizer is None or self._tokenizer.ends != constraint.ends:
+            self._tokenizer = GrammarTokenizer(self._file, self._vocabulary, constraint.ends)
+            self._compiled.clear()
+        compiled = self._compiled.get(constraint.grammar)
+        if compiled is None:
+            compiled = Follower(self._tokenizer, constraint.grammar)
+            self._compiled[constraint.grammar] = compiled
+            if len(self._compiled) > _GRAMMARS:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(constraint.grammar)
+        return compiled.copy()

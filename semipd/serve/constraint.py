@@ -1,0 +1,173 @@
+"""What may be produced at all: a request's response format, allowed tokens and bad words, checked and made
+ready for those who choose tokens. Compiles grammars, so not for the event loop's thread."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from semipd.core.errors import Refused
+from semipd.core.types import Constraint
+from semipd.model.grammar import GrammarError, check_grammar, grammar_of_schema
+from semipd.serve.model_folder import ModelFolder
+from semipd.serve.params import SamplingParams
+from semipd.serve.tokenizer import Tokenizer
+
+MAX_SCHEMA_BYTES = 2**16
+MAX_SCHEMA_DEPTH = 64
+MAX_MULTIPLE = 10_000  # states of an automaton that counts remainders; the library has no limit on them
+MAX_BAD_WORD_TOKENS = 64
+_GRAMMARS = 256  # that were found good and are remembered
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_FORMAT = "response_format"
+
+
+class ConstraintMaker:
+    """Of one model. tokenizer: None where it has none; then only token ids can be named. Safe to use from
+    several threads."""
+
+    def __init__(self, model: ModelFolder, tokenizer: Tokenizer | None) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._good: OrderedDict[str, str] = OrderedDict()  # grammars by their schemas
+
+    def of(self, params: SamplingParams) -> Constraint | None:
+        """None where everything may be produced. Raises Refused, naming the field."""
+        schema = schema_of(params.response_format)
+        if schema is None and params.allowed_token_ids is None and not params.bad_words:
+            return None
+        if schema is not None:
+            _check_company(params)
+            if self._tokenizer is None:
+                raise Refused("the model folder has no tokenizer.json to follow a grammar with", _FORMAT)
+        allowed = tuple(params.allowed_token_ids or ())
+        if allowed and max(allowed) >= self._model.vocabulary:
+            raise Refused(f"token {max(allowed)} is not in the vocabulary", "allowed_token_ids")
+        return Constraint(
+            grammar="" if schema is None else self._grammar(schema),
+            # A model that cannot say that it is done says its last token where it has to be.
+            ends=self._model.eos or (self._model.vocabulary - 1,),
+            allowed=allowed,
+            bad_words=tuple(
+                dict.fromkeys(ids for word in params.bad_words for ids in self._spellings(word))
+            ),
+        )
+
+    def _grammar(self, schema: str) -> str:
+        known = self._good.get(schema)
+        if known is not None:
+            return known
+        try:
+            grammar = grammar_of_schema(schema)
+            check_grammar(grammar)
+        except GrammarError as error:
+            raise Refused(f"response_format: this schema is not supported: {error}", _FORMAT) from None
+        self._good[schema] = grammar
+        while len(self._good) > _GRAMMARS:
+            self._good.popitem(last=False)
+        return grammar
+
+    def _spellings(self, word: str) -> list[tuple[int, ...]]:
+        """The word's tokens at a text's beginning and after a blank, as vLLM has them: the second only if
+        it has another first token and no more of them."""
+        if self._tokenizer is None:
+            raise Refused("the model folder has no tokenizer.json to find words with", "bad_words")
+        plain, spaced = (tuple(self._tokenizer.encode(text, False)) for text in (word, " " + word.lstrip()))
+        if not plain:
+            raise Refused(f"bad_words: {word[:40]!r} has no tokens", "bad_words")
+        if len(plain) > MAX_BAD_WORD_TOKENS:
+            message = f"bad_words: {word[:40]!r} has {len(plain)} tokens; at most {MAX_BAD_WORD_TOKENS}"
+            raise Refused(message, "bad_words")
+        another = spaced and spaced[0] != plain[0] and len(spaced) == len(plain)
+        return [plain, spaced] if another else [plain]
+
+
+def schema_of(response_format: Mapping[str, Any] | None) -> str | None:
+    """The JSON schema, as text, that an OpenAI response format asks for; None for any text. Raises
+    Refused."""
+    if response_format is None:
+        return None
+    kind = response_format.get("type")
+    extra = set(response_format) - {"type", "json_schema"}
+    if extra:
+        raise Refused(f"unknown parameter: response_format.{str(min(extra))[:80]}", _FORMAT)
+    given = response_format.get("json_schema")
+    if kind != "json_schema" and given is not None:
+        raise Refused("response_format.json_schema needs the type json_schema", _FORMAT)
+    match kind:
+        case "text":
+            return None
+        case "json_object":
+            return '{"type":"object"}'
+        case "json_schema":
+            return _schema(given)
+    raise Refused("response_format.type must be text, json_object or json_schema", _FORMAT)
+
+
+def _schema(given: Any) -> str:
+    if not isinstance(given, Mapping):
+        raise Refused("response_format.json_schema is missing", _FORMAT)
+    extra = set(given) - {"name", "schema", "strict", "description"}
+    if extra:
+        raise Refused(f"unknown parameter: response_format.json_schema.{str(min(extra))[:80]}", _FORMAT)
+    name, schema = given.get("name"), given.get("schema")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise Refused("response_format.json_schema.name must be 1 to 64 of A-Z, a-z, 0-9, _ and -", _FORMAT)
+    if not isinstance(schema, Mapping):
+        raise Refused("response_format.json_schema.schema must be an object", _FORMAT)
+    _check_schema(schema)
+    try:
+        text = msgspec.json.encode(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"response_format.json_schema.schema is no JSON: {error}", _FORMAT) from None
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise Refused(f"the schema has {len(text)} bytes; at most {MAX_SCHEMA_BYTES} are taken", _FORMAT)
+    return text.decode()
+
+
+def _check_schema(schema: Any) -> None:
+    """Refuse what is nested too deeply, and what the compiler would work on for ever."""
+    level, multiple = [schema], 1
+    for _ in range(MAX_SCHEMA_DEPTH):
+        deeper: list[Any] = []
+        for value in level:
+            if isinstance(value, Mapping):
+                multiple = math.lcm(multiple, _digits(value.get("multipleOf")))
+                deeper += value.values()
+            elif isinstance(value, (list, tuple)):
+                deeper += value
+            if multiple > MAX_MULTIPLE:
+                message = f"the least common multiple of all multipleOf exceeds {MAX_MULTIPLE}"
+                raise Refused(f"response_format: this schema is not supported: {message}", _FORMAT)
+        level = deeper
+        if not level:
+            return
+    raise Refused(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep", _FORMAT)
+
+
+def _digits(value: Any) -> int:
+    """A number without its decimal point; 1 for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value or value != value:
+        return 1
+    if abs(value) > MAX_MULTIPLE:
+        return MAX_MULTIPLE + 1
+    _, digits, exponent = Decimal(str(value)).as_tuple()
+    assert isinstance(exponent, int)
+    whole = int("".join(map(str, digits)))
+    return whole if exponent < 0 else int(abs(value))
+
+
+def _check_company(params: SamplingParams) -> None:
+    """Refuse what contradicts a grammar."""
+    if params.ignore_eos:
+        raise Refused("ignore_eos contradicts response_format: its text ends when complete", "ignore_eos")
+    if params.min_tokens:
+        raise Refused("min_tokens contradicts response_format: its text ends when complete", "min_tokens")
+    if params.allowed_token_ids is not None:
+        raise Refused("allowed_token_ids and response_format exclude each other", "allowed_token_ids")
