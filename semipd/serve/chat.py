@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
@@ -24,6 +25,7 @@ from semipd.core.errors import ConfigError, Refused
 from semipd.serve.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # role, content and what conversation.messages_of adds
+_OWN_VARIABLES = frozenset(("messages", "add_generation_prompt", "tools", "documents"))
 TOOL_USE = "tool_use"  # the name of a second template, for conversations with tools
 
 
@@ -34,11 +36,12 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, with_tools: str | None = None) -> None:
         """with_tools: a second template, for conversations with tools."""
-        self._template, takes_tools = _compiled(source)
-        self.tool_source = source if takes_tools else None
+        self._template, self._looks_at = _compiled(source)
+        self.tool_source = source if "tools" in self._looks_at else None
         self._with_tools = self._template
         if with_tools is not None:
-            self._with_tools, _ = _compiled(with_tools)
+            self._with_tools, more = _compiled(with_tools)
+            self._looks_at |= more
             self.tool_source = with_tools
         self._tokenizer = tokenizer
         # Longest first, so that a token that begins with another is seen whole.
@@ -56,8 +59,12 @@ class ChatTemplate:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        open_end: bool = False,
     ) -> list[int]:
-        """Ids of the rendered conversation. Raises Refused when the template refuses the messages."""
+        """Ids of the rendered conversation. variables: of the template, besides. open_end: leave out what
+        comes behind the last message's content. Raises Refused when the template refuses."""
+        self._check_variables(variables)
         mark = f"\ue000{secrets.token_hex(8)}:"
         hidden: list[str] = []
 
@@ -72,7 +79,15 @@ class ChatTemplate:
                 return {safe(key): safe(part) for key, part in value.items()}
             return [safe(part) for part in value] if isinstance(value, list) else value
 
-        text = self._render(safe(list(messages)), add_generation_prompt, safe(list(tools)))
+        turns, end = safe(list(messages)), f"{mark}end\ue001"
+        if open_end:
+            turns[-1]["content"] += end
+        text = self._render(turns, add_generation_prompt, safe(list(tools)), safe(variables))
+        if open_end:
+            text, found, _ = text.rpartition(end)
+            if not found:
+                message = "the chat template does not end with the last message's content"
+                raise Refused(message, "continue_final_message")
         if not hidden:
             ids = self._tokenizer.encode_trusted(text)
             if self._specials_in(ids) == self._specials_of(text):
@@ -99,7 +114,21 @@ class ChatTemplate:
                 end = match.end()
         return ids
 
-    def _render(self, messages: list[Any], add_generation_prompt: bool, tools: list[Any]) -> str:
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Variables are only those that the template knows and nobody else sets."""
+        for name, value in variables.items():
+            if name not in self._looks_at or name in _OWN_VARIABLES or name in self._names:
+                message = (
+                    f"chat_template_kwargs.{name[:80]}: this model's chat template has no such variable"
+                )
+                raise Refused(message, "chat_template_kwargs")
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                message = f"chat_template_kwargs.{name[:80]} must be a string, a number, true or false"
+                raise Refused(message, "chat_template_kwargs")
+
+    def _render(
+        self, messages: list[Any], add_generation_prompt: bool, tools: list[Any], variables: dict[str, Any]
+    ) -> str:
         template = self._with_tools if tools else self._template
         try:
             return template.render(
@@ -108,6 +137,7 @@ class ChatTemplate:
                 tools=tools or None,
                 documents=None,
                 **self._names,
+                **variables,
             )
         except TemplateError as error:
             raise Refused(f"the chat template refused the messages: {error}", "messages") from None
@@ -147,12 +177,12 @@ def _read(path: Path) -> str | None:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 
-def _compiled(source: str) -> tuple[Template, bool]:
-    """The template, and whether it looks at `tools`."""
+def _compiled(source: str) -> tuple[Template, set[str]]:
+    """The template, and the variables that it looks at."""
     environment = _environment()
     try:
         names = meta.find_undeclared_variables(environment.parse(source))
-        return environment.from_string(source), "tools" in names
+        return environment.from_string(source), names - set(environment.globals)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template has an error on line {error.lineno}: {error}") from None
 

@@ -34,7 +34,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": _ABSENT,
@@ -145,12 +144,19 @@ class CompletionBody(GenerationBody, kw_only=True):
 
 class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions. top_logprobs: how many of the likeliest tokens to tell of at each
-    position; needs logprobs. parallel_tool_calls: false ends the answer with its first call."""
+    position; needs logprobs. parallel_tool_calls: false ends the answer with its first call.
+    continue_final_message: go on with the last message instead of answering it (add_generation_prompt must
+    then be false). echo: an assistant's last message comes before its continuation.
+    chat_template_kwargs: variables of the model's chat template."""
 
     messages: list[ChatMessage]
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

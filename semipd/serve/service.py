@@ -122,9 +122,11 @@ class Service:
             cut = body.truncate_prompt_tokens is not None
             messages = self._messages(body.messages, tools.told, None if cut else engine.limit)
             params = params_of(body, asked, None)
-            ids = _last(chat.encode(messages, tools=tools.told), body, asked, engine.limit)
+            ids = _last(_rendered(chat, messages, tools.told, body), body, asked, engine.limit)
             plan = self._maker.plan([ids], params, engine, salt, arrived)
-            return replace(_bounded(plan), told=True, calls=tools.calls)
+            repeated = body.echo and messages[-1]["role"] == "assistant"
+            echoes = [Echo(messages[-1]["content"], ())] * params.n if repeated else []
+            return replace(_bounded(plan), told=True, calls=tools.calls, echoes=echoes)
 
         try:
             return await self._off_loop(work)
@@ -260,6 +262,21 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         service_tier=body.service_tier,
         priority=body.priority,
     )
+
+
+def _rendered(
+    chat: ChatTemplate, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], body: ChatBody
+) -> list[int]:
+    """The conversation as the body wants it rendered. Raises Refused."""
+    open_end = bool(body.continue_final_message)
+    prompted = not open_end if body.add_generation_prompt is None else body.add_generation_prompt
+    if open_end and prompted:
+        message = "continue_final_message needs add_generation_prompt: false"
+        raise Refused(message, "continue_final_message")
+    if open_end and messages[-1].get("tool_calls"):
+        message = "the last message has calls of tools and cannot go on"
+        raise Refused(message, "continue_final_message")
+    return chat.encode(messages, prompted, tools, body.chat_template_kwargs or {}, open_end)
 
 
 def _last(ids: list[int], body: GenerationBody, max_tokens: int | None, limit: int) -> list[int]:

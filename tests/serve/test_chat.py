@@ -234,3 +234,29 @@ def test_a_template_of_its_own_for_tools(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("file")
     template = load(chat_template="d")
     assert template.encode([], tools=TOOLS) == encode("file") and template.encode([]) == encode("d")
+
+
+def test_a_template_has_variables_of_its_own(tokenizer: Tokenizer) -> None:
+    source = "{% if think is defined and not think %}no {% endif %}{{ style }}{{ messages[0].content }}"
+    template = ChatTemplate(source, tokenizer)
+    message = [{"role": "user", "content": "x"}]
+    assert template.encode(message) == tokenizer.encode("x")
+    assert template.encode(message, variables={"think": False}) == tokenizer.encode("no x")
+    spelled = template.encode(message, variables={"style": "<|end|>"})
+    assert spelled == tokenizer.encode("<|end|>x") and 0 not in spelled, "no way in for special tokens"
+    for name, value in (("thinking", False), ("messages", "y"), ("bos_token", "y"), ("style", ["y"])):
+        with pytest.raises(Refused) as caught:
+            template.encode(message, variables={name: value})
+        assert caught.value.param == "chat_template_kwargs"
+
+
+def test_the_last_message_may_go_on(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(QWEN, tokenizer)
+    messages = [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": "say yes <|end|>"}]
+    whole = template.encode(messages, False)
+    ids = template.encode(messages, False, open_end=True)
+    assert whole[-2] == 0 and ids == whole[:-2], "all but the end of the turn"
+    assert tokenizer.decode(ids).endswith("say yes <|end|>")
+    with pytest.raises(Refused) as caught:
+        ChatTemplate("{{ messages[0].content }}", tokenizer).encode(messages, False, open_end=True)
+    assert caught.value.param == "continue_final_message"

@@ -22,7 +22,7 @@ TEXT = "naïve café, hello world 🐍 and more"
 SCRIPT = [*make_tokenizer().encode(TEXT).ids, 0]
 PROMPT = "the quick brown fox"
 IDS = make_tokenizer().encode(PROMPT).ids
-USER = {"messages": [{"role": "user", "content": PROMPT}]}
+USER: dict[str, Any] = {"messages": [{"role": "user", "content": PROMPT}]}
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +147,20 @@ def test_in_python_they_are_checked() -> None:
         with pytest.raises(Refused) as caught:
             SamplingParams(**{name: None})
         assert caught.value.param == name
+
+
+def test_a_message_may_go_on(client: httpx.Client) -> None:
+    """An answer that was begun: the model sees no new turn, and with echo the client gets it whole."""
+    messages = [USER["messages"][0], {"role": "assistant", "content": "hello wor"}]
+    body = {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
+    answer = post(client, CHAT, **body, return_token_ids=True)
+    shown = make_tokenizer().decode(answer["prompt_token_ids"], skip_special_tokens=False)
+    assert shown.endswith("<|assistant|>hello wor")
+    assert answer["choices"][0]["message"]["content"] == TEXT
+    answer = post(client, CHAT, **body, echo=True, n=2, logprobs=True)
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["hello wor" + TEXT] * 2
+    entries = [choice["logprobs"]["content"] for choice in answer["choices"]]
+    assert [len(told) for told in entries] == [len(SCRIPT) - 1] * 2
+    chunks = stream(client, CHAT, {**body, "echo": True, "max_tokens": 99})
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "hello wor" + TEXT
+    assert post(client, CHAT, echo=True)["choices"][0]["message"]["content"] == TEXT, "not of a user"
