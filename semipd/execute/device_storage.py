@@ -124,7 +124,7 @@ class DeviceStorage:
         decode_only = bool((columns[2:] == 1).all())
         ends = starts + 1 if decode_only else starts + counts
         rows = len(slots) if decode_only else int(counts.sum())
-        self._check(slots, starts, ends)
+        self._check(slots, starts, None if decode_only else ends)
         if rows > most_rows:
             raise ValueError(f"a step of {rows} positions; at most {most_rows} fit")
         wanted = flags.astype(bool)
@@ -308,17 +308,17 @@ class DeviceStorage:
             return None
         return wanted_of_prompts(self.table, packed.slots, packed.starts, packed.counts)
 
-    def _check(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+    def _check(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray | None) -> None:
+        """ends: None means one position each, checked with the starts: this runs for every step."""
         table = self.table
         if not len(slots):
             raise ValueError("a batch without slices")
         if not all_below(slots, table.slots) or not table.opened[slots].all():
             raise ValueError("a slice names a slot that is not open")
-        if (
-            not all_below(starts, table.max_length)
-            or ends.max() > table.max_length
-            or (ends <= starts).any()
-        ):
+        fits = all_below(starts, table.max_length)
+        if ends is not None:
+            fits = fits and ends.max() <= table.max_length and not (ends <= starts).any()
+        if not fits:
             raise ValueError(f"a slice does not fit a slot of {table.max_length} tokens")
         if self._broken:
             for slot in slots.tolist():
