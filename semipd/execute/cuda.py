@@ -135,6 +135,11 @@ class CudaExecutor:
             self.graphs.clear()
             self._backend.close()
 
+    def capture_graphs(self) -> None:
+        """Capture at once what would be captured while nothing runs. Nothing may be in flight."""
+        while self._capture_when_idle():
+            pass
+
     def fill_with_noise(self, seed: int = 0) -> None:
         """Overwrite the KV pool, for measurements: arithmetic on zeros takes less power than on data."""
         kv = self._storage.kv

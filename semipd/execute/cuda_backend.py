@@ -18,7 +18,7 @@ import torch
 from semipd.core.errors import ConfigError
 from semipd.core.types import Lane
 from semipd.execute.backend import Pair, Side
-from semipd.execute.cuda_driver import GreenContext, GreenContexts, partition_pairs
+from semipd.execute.cuda_driver import MOST_PAIRS, GreenContext, GreenContexts, partition_pairs
 from semipd.model.attention_flashinfer import FlashInferOps, load_flashinfer
 from semipd.model.device_model import DeviceModel
 from semipd.model.ops import Ops
@@ -55,8 +55,14 @@ class CudaReading:
 class CudaBackend:
     """GPU number `ordinal` of those that this process sees. Raises ConfigError when it cannot be used."""
 
-    def __init__(self, ordinal: int = 0, partitioned: bool = True, attention: str = "triton") -> None:
-        """attention: triton or flashinfer."""
+    def __init__(
+        self,
+        ordinal: int = 0,
+        partitioned: bool = True,
+        attention: str = "triton",
+        most_pairs: int = MOST_PAIRS,
+    ) -> None:
+        """attention: triton or flashinfer. most_pairs: partitions to make, of those that there can be."""
         # Before the driver starts: with fewer hardware queues than streams, one lane's launches may queue
         # up behind the other's.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -76,7 +82,7 @@ class CudaBackend:
         self.name: str = properties.name
         self.units: int = properties.multi_processor_count
         self.device = torch.device("cuda", ordinal)
-        self._partitioned, self._attention = partitioned, attention
+        self._partitioned, self._attention, self._most_pairs = partitioned, attention, most_pairs
         self._contexts: GreenContexts | None = None
         self._graph_pool = torch.cuda.graph_pool_handle()
 
@@ -89,7 +95,7 @@ class CudaBackend:
             return []
         try:
             self._contexts = GreenContexts(self.device.index)
-            found = partition_pairs(self._contexts)
+            found = partition_pairs(self._contexts, self._most_pairs)
             pairs = [
                 Pair(*(self._side(context, index) for context in (prefill, decode)))
                 for index, (decode, prefill) in enumerate(found)

@@ -99,13 +99,15 @@ class GreenContexts:
         return tuple(results)
 
 
-def partition_pairs(contexts: GreenContexts) -> list[tuple[GreenContext, GreenContext]]:
-    """(decode's side, prefill's side) for every legal size of decode's, as granted, rising; at most
-    MOST_PAIRS of them, since each costs two contexts. Sizes far apart are made first, so that a driver that
+def partition_pairs(
+    contexts: GreenContexts, most: int = MOST_PAIRS
+) -> list[tuple[GreenContext, GreenContext]]:
+    """(decode's side, prefill's side) for every legal size of decode's, as granted, rising; at most `most`
+    of them, since each costs two contexts. Sizes far apart are made first, so that a driver that
     has no room for more leaves a useful table, and one line in the log. Raises CannotPartition when there
     is room for none."""
     sizes = contexts.granularity()
-    step = -(-sizes.total // (MOST_PAIRS * sizes.step)) * sizes.step
+    step = -(-sizes.total // (most * sizes.step)) * sizes.step
     wanted = list(range(max(sizes.smallest, step), sizes.total - sizes.smallest + 1, step))
     if not wanted:
         raise CannotPartition(f"{sizes.total} SMs do not make two partitions of {sizes.smallest}")

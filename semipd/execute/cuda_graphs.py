@@ -2,8 +2,8 @@
 
 A graph keeps the SMs of the stream that it was captured on, so every partition needs its own set. All
 intermediates are the decode lane's buffers, so what a graph adds is small; it is measured all the same, and
-a budget and a number of sides bound it. Sides that were not captured at start run eagerly until the device
-is idle for a moment: capturing blocks the launching thread.
+a budget bounds it. Sides that were not captured at start run eagerly until the device is idle for a moment:
+capturing blocks the launching thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from semipd.model.device_model import Buffers, DeviceModel
 from semipd.model.ops import DeviceStep, Ops
 from semipd.model.sampler_device import greedy
 
-MOST_SIDES = 6
+SIDES_AT_START = 6
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 log = logging.getLogger("semipd")
@@ -60,14 +60,14 @@ class DecodeGraphs:
         ops: Ops,
         batch: int,
         budget: int,
-        most_sides: int = MOST_SIDES,
+        enabled: bool = True,
     ) -> None:
-        """batch: most rows of a step; budget: bytes that all graphs may take."""
+        """batch: most rows of a step; budget: bytes that all graphs may take. enabled: False for none."""
         self._backend, self._model, self._storage = backend, model, storage
         self._buffers, self._ops = buffers, ops
         self._sizes = tuple(size for size in buckets(batch) if size <= buffers.logits.shape[0])
         self._budget = budget
-        self._most_sides = most_sides
+        self._enabled = enabled
         self._graphs: dict[Side, dict[int, Graph]] = {}
         self._wanted: list[tuple[Side, int]] = []
         self.nbytes = 0
@@ -82,15 +82,22 @@ class DecodeGraphs:
         """The smallest graph that holds `rows` on this side; None (and a wish) when there is none."""
         sizes = self._graphs.get(side)
         if sizes is None:
-            self._wish(side)
+            self.wish(side)
             return None
         size = min((size for size in sizes if size >= rows), default=None)
         return None if size is None else sizes[size]
 
+    def wish(self, side: Side) -> None:
+        """Capture this side when the device is idle, after those wished for before."""
+        if self._enabled and side not in self._graphs:
+            self._graphs[side] = {}
+            # Largest first: smaller ones then fit into the memory that it took.
+            self._wanted += [(side, size) for size in sorted(self._sizes, reverse=True)]
+
     def capture_all(self, sides: Sequence[Side]) -> None:
         """Capture these sides, in order, until the budget is used up. The device must be idle."""
         for side in sides:
-            self._wish(side)
+            self.wish(side)
         while self.capture_next():
             pass
 
@@ -142,12 +149,6 @@ class DecodeGraphs:
         slot, width, length = storage.scratch, storage.tables.shape[1], storage.tokens.shape[1]
         column = [slot, 0, slot * length + 1, slot * width + width - 1, storage.scratch_block]
         return np.repeat(np.array(column, dtype=np.int64)[:, None], rows + rows % 2, axis=1)
-
-    def _wish(self, side: Side) -> None:
-        if side not in self._graphs and len(self._graphs) < self._most_sides:
-            self._graphs[side] = {}
-            # Largest first: smaller ones then fit into the memory that it took.
-            self._wanted += [(side, size) for size in sorted(self._sizes, reverse=True)]
 
     def _capture(self, side: Side, rows: int) -> Graph:
         padding, ids = self._padding(rows), self._ids[:rows]

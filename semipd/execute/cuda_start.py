@@ -19,7 +19,7 @@ from semipd.core.errors import ConfigError
 from semipd.core.types import Lane
 from semipd.execute.backend import Backend, Side
 from semipd.execute.cuda import LANES, CudaExecutor
-from semipd.execute.cuda_graphs import MOST_SIDES, DecodeGraphs, buckets
+from semipd.execute.cuda_graphs import SIDES_AT_START, DecodeGraphs, buckets
 from semipd.execute.cuda_lane import LaneState
 from semipd.execute.cuda_partition import Placement
 from semipd.execute.device_storage import DeviceStorage
@@ -74,10 +74,11 @@ def start_cuda(
     load_format: str = "auto",
     seed: int = 0,
     depth: int = 2,
-    graph_sides: int = MOST_SIDES,
+    graph_sides: int = SIDES_AT_START,
 ) -> Started:
-    """Load the model and put an executor on it; blocks until graphs are captured. graph_sides: splits with
-    captured graphs, 0 for none. Raises ConfigError with what was needed when memory does not suffice."""
+    """Load the model and put an executor on it; blocks until graphs are captured. graph_sides: splits whose
+    graphs are captured now, the others' when the device is idle; 0 for no graphs at all. Raises ConfigError
+    with what was needed when memory does not suffice."""
     spec = load_spec(os.fspath(folder))
     with _memory_errors(backend, spec):
         _check_memory(backend, spec, shape, dtype)
@@ -119,13 +120,16 @@ def _warm_all(
     decode = next(state for state in states if state.lane is Lane.DECODE)
     slots = storage.table.slots
     graphs = DecodeGraphs(
-        backend, model, storage, decode.buffers, decode.ops, slots, GRAPH_BYTES, graph_sides
+        backend, model, storage, decode.buffers, decode.ops, slots, GRAPH_BYTES, graph_sides > 0
     )
     backend.settle()  # what was made so far was filled on another stream than those that read it
     for state in states:
         _warm(backend, model, storage, state, placement.sides(state.lane))
     costs.note("warming")
-    graphs.capture_all(_spread(placement.sides(Lane.DECODE), graph_sides))
+    sides = placement.sides(Lane.DECODE)
+    graphs.capture_all(_spread(sides, graph_sides))
+    for side in sides:
+        graphs.wish(side)
     costs.note("graphs")
     return graphs
 

@@ -158,6 +158,7 @@ class FakeBackend:
 
     def capture(self, side: Side, launch: Callable[[], None]) -> Callable[[], None]:
         self.captures.append(side)
+        self.time = max(self.time, side.stream.until)  # it waits for the device
 
         def replay() -> None:
             assert self.current is side, "a graph was replayed on another stream than its own"

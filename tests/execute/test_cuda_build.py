@@ -99,9 +99,9 @@ def test_partitions_on_which_nothing_runs_are_not_used(
 
     backend = object.__new__(cuda_backend.CudaBackend)
     backend.device, backend._partitioned = torch.device("cuda", 0), True
-    backend._contexts, backend.units = None, 132
+    backend._contexts, backend.units, backend._most_pairs = None, 132, 1
     monkeypatch.setattr(cuda_backend, "GreenContexts", lambda ordinal: contexts)
-    monkeypatch.setattr(cuda_backend, "partition_pairs", lambda contexts: [(None, None)])
+    monkeypatch.setattr(cuda_backend, "partition_pairs", lambda contexts, most: [(None, None)])
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     monkeypatch.setattr(backend, "_side", refused)
     monkeypatch.setattr(backend, "lost", lambda error: "the GPU's context is lost" if lost else None)

@@ -212,6 +212,11 @@ class TestGreenContexts:
         assert [decode.units for decode, _ in pairs] == list(range(8, 125, 8))
         assert all(decode.units + prefill.units == 132 for decode, prefill in pairs)
 
+    @pytest.mark.parametrize(("most", "sizes"), [(2, [72]), (3, [48, 96]), (100, list(range(8, 125, 8)))])
+    def test_fewer_pairs_are_spread_over_the_sizes(self, most: int, sizes: list[int]) -> None:
+        pairs = partition_pairs(GreenContexts(0, FakeDriver()), most)
+        assert [decode.units for decode, _ in pairs] == sizes
+
     def test_a_driver_without_room_for_all_leaves_sizes_far_apart(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:

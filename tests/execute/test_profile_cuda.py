@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from semipd.core.types import Lane, Split
 from semipd.execute import profile_cuda
 from semipd.execute.cuda_start import Shape, start_cuda
 from semipd.execute.profile_cuda import Sizes, StepTimer, curves, measure
@@ -46,6 +47,18 @@ def test_a_profile_has_every_share_and_the_device_s_own_times(timer: StepTimer) 
     assert profile["switch_seconds"] < 1e-3
     assert profile["curves"]["compute"][-1] == [132.0, 1.0]
     assert profile["curves"]["compute"][0][1] == pytest.approx(132 / 12, rel=1e-3)
+
+
+def test_what_is_measured_runs_as_graphs_on_every_split(timer: StepTimer) -> None:
+    """Launched kernel by kernel, a step would tell the speed of the host, and a curve over shares lie."""
+    executor: Any = timer.executor
+    measure(timer, lambda line: None, budget=0.0)
+    backend, sides = executor._backend, executor._placement.sides(Lane.DECODE)
+    for side in sides:
+        executor.resize(Split.pair(UNITS - side.units, side.units, UNITS))
+        before = backend.replays
+        timer.decode(3, 20, 1)
+        assert backend.replays == before + 2
 
 
 def test_both_lanes_are_timed_side_by_side(timer: StepTimer) -> None:

@@ -35,7 +35,11 @@ class Pretence:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         import tests.gpu.test_executor as module
 
-        given: Any = {"CudaBackend": lambda: FakeBackend(step=40, free=2**36), "LONG": 700, "WIDE": SMALL}
+        given: Any = {
+            "CudaBackend": lambda **_: FakeBackend(step=40, free=2**36),
+            "LONG": 700,
+            "WIDE": SMALL,
+        }
         for name, value in given.items():
             setattr(module, name, value)
         left_out = ("test_partition", "without_partitions_says_so")
