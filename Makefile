@@ -13,7 +13,7 @@ VENV ?= .venv
 PORT ?= 8000
 RESULTS ?= build/gpu
 TARGET ?= 3.12
-PACKAGES ?= cuda-bindings cuda-pathfinder
+PACKAGES ?= llguidance msgspec
 MODEL ?=
 BIN := $(VENV)/bin
 

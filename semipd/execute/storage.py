@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 
 from semipd.core.types import BlockAppend, Constraint, Sampling
@@ -82,7 +81,7 @@ class SlotTable:
             raise ValueError(f"at most {MAX_BANNED} tokens can be banned, not {len(sampling.ban_tokens)}")
         if len(sampling.logit_bias) > MAX_BIASES:
             raise ValueError(f"at most {MAX_BIASES} biases, not {len(sampling.logit_bias)}")
-        constraint = b"" if sampling.constraint is None else msgspec.msgpack.encode(sampling.constraint)
+        constraint = b"" if sampling.constraint is None else _encoded(sampling.constraint)
         if len(constraint) > MAX_CONSTRAINT:
             raise ValueError(f"a constraint of {len(constraint)} bytes; at most {MAX_CONSTRAINT} fit")
         self.opening[slot] += 1
@@ -119,6 +118,8 @@ class SlotTable:
 
     def constraint_of(self, slot: int) -> Constraint:
         """The constraint of a slot that has one."""
+        import msgspec  # as in `_encoded`
+
         data = self.constraint[slot, : self.constraint_bytes[slot]].tobytes()
         return msgspec.msgpack.decode(data, type=Constraint)
 
@@ -166,3 +167,9 @@ def _fields(slots: int, max_length: int, block_size: int) -> tuple[tuple[str, ty
 def _padded(nbytes: int) -> int:
     """Each field starts on a cache line of its own."""
     return -(-nbytes // 64) * 64
+
+
+def _encoded(constraint: Constraint) -> bytes:
+    import msgspec  # here, since a GPU's executor is tested where it is not installed
+
+    return msgspec.msgpack.encode(constraint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,42 @@ def test_parts_run_by_themselves_and_keep_what_came_out(
     )
     assert found["late"] == {"left_out": True}
     assert "== fails: 1 passed, 1 failed, 0 skipped" in capfd.readouterr().out
+
+
+BARE = """
+import importlib, sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+
+
+def test_a_card_s_machine_needs_none_of_our_packages() -> None:
+    """Torch, Triton, numpy and safetensors are there; what serves requests and follows grammars is not."""
+    root = Path(__file__).parents[2]
+    files = [*(root / "benchmarks").glob("gpu*.py"), *(root / "tests/gpu").glob("*.py")]
+    named = {
+        name
+        for path in files
+        for name in re.findall(
+            r"^ *(?:from|import) ((?:semipd|benchmarks|tests)[\w.]*)", path.read_text(), re.M
+        )
+    }
+    assert {"semipd.execute.cuda_start", "semipd.core.auto", "semipd.bench.profile_gpu"} <= named
+    modules = sorted(named - {"semipd.execute.smid"} | {"semipd.execute.cuda_backend"})
+    blocked = [
+        "fastapi",
+        "llguidance",
+        "msgspec",
+        "openai",
+        "pydantic",
+        "setproctitle",
+        "starlette",
+        "uvicorn",
+    ]
+    code = BARE.format(blocked=blocked, modules=modules)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -100,6 +100,8 @@ class TestConformanceWithoutGraphs(ExecutorConformance):
 @pytest.mark.parametrize("graph_sides", [0, 2])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_a_constraint(checkpoint: Path, check: Check, graph_sides: int) -> None:
+    for name in ("llguidance", "msgspec"):  # packages that few machines with a GPU happen to have
+        pytest.importorskip(name)
     executor = GpuHarness(checkpoint, graph_sides).make()
     check(Driver(executor, 4))
     executor.close()
