@@ -104,6 +104,16 @@ def grammar_of_schema(schema: str) -> str:
         raise GrammarError(_line(error)) from None
 
 
+def grammar_of_lark(text: str) -> str:
+    """The grammar that llguidance's dialect of Lark describes. Does not check it."""
+    from llguidance import LLMatcher
+
+    try:
+        return LLMatcher.grammar_from_lark(text)
+    except ValueError as error:
+        raise GrammarError(_line(error)) from None
+
+
 class _Bytes:
     """A tokenizer of bytes, in the form that llguidance takes."""
 

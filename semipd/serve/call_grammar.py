@@ -33,8 +33,15 @@ class CallGrammar:
         self._marks = marks
         self._by_name = by_name
 
-    def required(self, tools: Sequence[Tool], single: bool) -> str:
-        """Nothing but calls, at least one, all of these tools. single: and no more than one."""
+    @property
+    def takes_answers(self) -> bool:
+        """Whether calls and JSON differ in their first character; else no answer can be given."""
+        opening = self._form.opening
+        return opening in self._marks or opening[:1] not in ("", "[", "{")
+
+    def required(self, tools: Sequence[Tool], single: bool, answer: str | None = None) -> str:
+        """Nothing but calls, at least one, all of these tools. single: and no more than one. answer: or
+        else JSON of this schema, given as text."""
         blocks = "block"
         if not single and self._form.closing:
             blocks = r'block ("\n" block)*'
@@ -42,7 +49,10 @@ class CallGrammar:
             blocks = "block+"
         opening = f"{self._mark(self._form.opening)} " if self._form.opening else ""
         calls = _calls([(_name(tool), _schema(tool)) for tool in tools], self._call)
-        return f"start: {blocks}\nblock: {opening}{self._block(single)}\n{calls}"
+        start = f"start: {blocks}\n"
+        if answer is not None:
+            start = f"start: ({blocks}) | answer\nanswer: {_json_of(json.loads(answer))}"
+        return f"{start}block: {opening}{self._block(single)}\n{calls}"
 
     def allowed(self, tools: Sequence[Tool], strict: frozenset[str]) -> str:
         """Any text, in which all calls are of these tools. strict: names of those whose arguments follow
@@ -84,8 +94,12 @@ def _calls(tools: Sequence[tuple[str, Mapping[str, Any]]], call: Callable[[str, 
     rules = [f"call: {' | '.join(f'call{place}' for place in range(len(tools)))}\n"]
     for place, (name, schema) in enumerate(tools):
         rules.append(f"call{place}: {call(name, f'args{place}')}\n")
-        rules.append(f"args{place}: %json {json.dumps({**schema, 'x-guidance': _STYLE})}\n")
+        rules.append(f"args{place}: {_json_of(schema)}")
     return "".join(rules)
+
+
+def _json_of(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': _STYLE})}\n"
 
 
 def _name(tool: Tool) -> str:

@@ -8,13 +8,13 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from semipd.core.errors import Refused
 from semipd.core.types import Constraint
-from semipd.model.grammar import GrammarError, check_grammar, grammar_of_schema
+from semipd.model.grammar import GrammarError, check_grammar, grammar_of_lark, grammar_of_schema
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import SamplingParams
 from semipd.serve.tokenizer import Tokenizer
@@ -28,6 +28,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FORMAT = "response_format"
 
 
+class Lark(NamedTuple):
+    """A grammar of calls of tools. spelled: the same without special tokens, by which it is checked."""
+
+    text: str
+    spelled: str
+
+
 class ConstraintMaker:
     """Of one model. tokenizer: None where it has none; then only token ids can be named. Safe to use from
     several threads."""
@@ -35,22 +42,25 @@ class ConstraintMaker:
     def __init__(self, model: ModelFolder, tokenizer: Tokenizer | None) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._good: OrderedDict[str, str] = OrderedDict()  # grammars by their schemas
+        self._good: OrderedDict[str, str] = OrderedDict()  # grammars by what they are made of
 
-    def of(self, params: SamplingParams) -> Constraint | None:
-        """None where everything may be produced. Raises Refused, naming the field."""
+    def of(self, params: SamplingParams, calls: Lark | None = None) -> Constraint | None:
+        """None where everything may be produced. calls: what the text has to follow instead of a response
+        format. Raises Refused, naming the field."""
         schema = schema_of(params.response_format)
-        if schema is None and params.allowed_token_ids is None and not params.bad_words:
+        grammar = ""
+        if schema is None and calls is None and params.allowed_token_ids is None and not params.bad_words:
             return None
-        if schema is not None:
+        if schema is not None or calls is not None:
             _check_company(params)
             if self._tokenizer is None:
                 raise Refused("the model folder has no tokenizer.json to follow a grammar with", _FORMAT)
+            grammar = self._calls(calls) if calls is not None else self._grammar(schema or "")
         allowed = tuple(params.allowed_token_ids or ())
         if allowed and max(allowed) >= self._model.vocabulary:
             raise Refused(f"token {max(allowed)} is not in the vocabulary", "allowed_token_ids")
         return Constraint(
-            grammar="" if schema is None else self._grammar(schema),
+            grammar=grammar,
             # A model that cannot say that it is done says its last token where it has to be.
             ends=self._model.eos or (self._model.vocabulary - 1,),
             allowed=allowed,
@@ -68,7 +78,25 @@ class ConstraintMaker:
             check_grammar(grammar)
         except GrammarError as error:
             raise Refused(f"response_format: this schema is not supported: {error}", _FORMAT) from None
-        self._good[schema] = grammar
+        return self._keep(schema, grammar)
+
+    def _calls(self, lark: Lark) -> str:
+        known = self._good.get(lark.text)
+        if known is not None:
+            return known
+        if len(lark.text) > MAX_SCHEMA_BYTES:
+            raise Refused(
+                f"tools: a grammar of {len(lark.text)} bytes; at most {MAX_SCHEMA_BYTES}", "tools"
+            )
+        try:
+            check_grammar(grammar_of_lark(lark.spelled))
+            grammar = grammar_of_lark(lark.text)
+        except GrammarError as error:
+            raise Refused(f"tools: these schemas are not supported: {error}", "tools") from None
+        return self._keep(lark.text, grammar)
+
+    def _keep(self, source: str, grammar: str) -> str:
+        self._good[source] = grammar
         while len(self._good) > _GRAMMARS:
             self._good.popitem(last=False)
         return grammar
@@ -121,7 +149,7 @@ def _schema(given: Any) -> str:
         raise Refused("response_format.json_schema.name must be 1 to 64 of A-Z, a-z, 0-9, _ and -", _FORMAT)
     if not isinstance(schema, Mapping):
         raise Refused("response_format.json_schema.schema must be an object", _FORMAT)
-    _check_schema(schema)
+    check_schema(schema, _FORMAT)
     try:
         text = msgspec.json.encode(schema)
     except (TypeError, ValueError, RecursionError) as error:
@@ -131,8 +159,8 @@ def _schema(given: Any) -> str:
     return text.decode()
 
 
-def _check_schema(schema: Any) -> None:
-    """Refuse what is nested too deeply, and what the compiler would work on for ever."""
+def check_schema(schema: Any, param: str) -> None:
+    """Refuse what is nested too deeply, and what the compiler would work on for ever, as `param`."""
     level, multiple = [schema], 1
     for _ in range(MAX_SCHEMA_DEPTH):
         deeper: list[Any] = []
@@ -144,11 +172,11 @@ def _check_schema(schema: Any) -> None:
                 deeper += value
             if multiple > MAX_MULTIPLE:
                 message = f"the least common multiple of all multipleOf exceeds {MAX_MULTIPLE}"
-                raise Refused(f"response_format: this schema is not supported: {message}", _FORMAT)
+                raise Refused(f"{param}: this schema is not supported: {message}", param)
         level = deeper
         if not level:
             return
-    raise Refused(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep", _FORMAT)
+    raise Refused(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep", param)
 
 
 def _digits(value: Any) -> int:
@@ -166,8 +194,11 @@ def _digits(value: Any) -> int:
 def _check_company(params: SamplingParams) -> None:
     """Refuse what contradicts a grammar."""
     if params.ignore_eos:
-        raise Refused("ignore_eos contradicts response_format: its text ends when complete", "ignore_eos")
+        message = "ignore_eos contradicts response_format and tool_choice: their text ends when complete"
+        raise Refused(message, "ignore_eos")
     if params.min_tokens:
-        raise Refused("min_tokens contradicts response_format: its text ends when complete", "min_tokens")
+        message = "min_tokens contradicts response_format and tool_choice: their text ends when complete"
+        raise Refused(message, "min_tokens")
     if params.allowed_token_ids is not None:
-        raise Refused("allowed_token_ids and response_format exclude each other", "allowed_token_ids")
+        message = "allowed_token_ids contradicts response_format and tool_choice"
+        raise Refused(message, "allowed_token_ids")

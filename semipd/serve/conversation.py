@@ -110,6 +110,9 @@ def tools_of(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     for place, name in enumerate(names):
         if not _NAME.fullmatch(name):
             raise Refused(f"tools[{place}]: a function's name has 1 to 128 characters, no blanks", "tools")
+    for place, tool in enumerate(tools or ()):
+        if (tool.function.parameters or {}).get("type", "object") != "object":
+            raise Refused(f"tools[{place}]: parameters must be of type object", "tools")
     if len(set(names)) < len(names):
         raise Refused("two tools have the same name", "tools")
     plain = [_plain_tool(tool.function) for tool in tools or ()]

@@ -16,7 +16,7 @@ from semipd.core.errors import Refused
 from semipd.core.types import Constraint, Sampling
 from semipd.serve.alignment import Alignment
 from semipd.serve.calls import CallRule
-from semipd.serve.constraint import ConstraintMaker
+from semipd.serve.constraint import ConstraintMaker, Lark
 from semipd.serve.messages import EngineInfo, Submit
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import SamplingParams
@@ -69,8 +69,10 @@ class RequestMaker:
         engine: EngineInfo,
         cache_salt: str | None = None,
         arrived: float | None = None,
+        calls: Lark | None = None,
     ) -> Plan:
         """One request per prompt and choice. arrived: time.monotonic() at its arrival (default: now).
+        calls: a grammar that the texts have to follow.
 
         Raises Refused, naming the field, for what can never be served."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
@@ -79,15 +81,21 @@ class RequestMaker:
         complete: list[SamplingParams] = []
         for ids, asked in zip(prompts, each, strict=True):
             whole = self._model.defaults.fill(asked)
-            submits += self._choices(ids, whole, engine, cache_salt, age)
+            submits += self._choices(ids, whole, engine, cache_salt, age, calls)
             complete += [whole] * whole.n
         return Plan(submits, complete, sum(map(len, prompts)))
 
     def _choices(
-        self, ids: Sequence[int], params: SamplingParams, engine: EngineInfo, salt: str | None, age: float
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        engine: EngineInfo,
+        salt: str | None,
+        age: float,
+        calls: Lark | None,
     ) -> list[Submit]:
         most = self._max_tokens(ids, params, engine.limit)
-        constraint = self._constraints.of(params)
+        constraint = self._constraints.of(params, calls)
         stop_tokens = self._stop_tokens(params, constraint)
         service_class = self._service_class(params.service_tier, params.priority)
         sampling = Sampling(

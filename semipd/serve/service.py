@@ -117,13 +117,13 @@ class Service:
 
         def work() -> Plan:
             tools = self._tool_use.of(body)
-            if tools.grammar:
-                raise Refused("tool_choice: only none and auto are supported, not strict", "tool_choice")
             cut = body.truncate_prompt_tokens is not None
             messages = self._messages(body.messages, tools.told, None if cut else engine.limit)
             params = params_of(body, asked, None)
+            if tools.grammar is not None:  # which has the response format in it
+                params = replace(params, response_format=None)
             ids = _last(_rendered(chat, messages, tools.told, body), body, asked, engine.limit)
-            plan = self._maker.plan([ids], params, engine, salt, arrived)
+            plan = self._maker.plan([ids], params, engine, salt, arrived, tools.grammar)
             repeated = body.echo and messages[-1]["role"] == "assistant"
             echoes = [Echo(messages[-1]["content"], ())] * params.n if repeated else []
             return replace(_bounded(plan), told=True, calls=tools.calls, echoes=echoes)

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from semipd.core.errors import Refused
 from semipd.serve.call_grammar import CallGrammar
 from semipd.serve.calls import CallFormat, CallRule, format_of
 from semipd.serve.chat import ChatTemplate
+from semipd.serve.constraint import Lark, check_schema, schema_of
 from semipd.serve.conversation import NamedChoice, strict_of, tools_of
 from semipd.serve.schema import ChatBody
 from semipd.serve.tokenizer import Tokenizer
@@ -18,14 +21,12 @@ from semipd.serve.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Tools:
-    """told: for the template. calls: what to look for in the answer.
-
-    grammar: what the answer has to follow, and spelled: the same with every mark as text."""
+    """told: for the template. calls: what to look for in the answer. grammar: what that has to follow,
+    where calls or their arguments are not up to the model; it allows what the response format does, too."""
 
     told: Sequence[dict[str, Any]] = ()
     calls: CallRule | None = None
-    grammar: str = ""
-    spelled: str = ""
+    grammar: Lark | None = None
 
 
 class ToolUse:
@@ -61,16 +62,19 @@ class ToolUse:
                 param = "tools" if strict else "tool_choice"
                 raise Refused("this server does not look for calls (--tool-call-parser none)", param)
             return Tools(told)
-        return self._with(self._form, told, choice, strict, body.parallel_tool_calls is False)
+        answer = schema_of(msgspec.to_builtins(body.response_format))
+        return self._with(self._form, told, choice, answer, strict, body.parallel_tool_calls is False)
 
     def _with(
         self,
         form: CallFormat,
         told: list[dict[str, Any]],
         choice: str | NamedChoice,
+        answer: str | None,
         strict: frozenset[str],
         single: bool,
     ) -> Tools:
+        """answer: the JSON schema of an answer without calls, as text; None: it is free."""
         names = frozenset(tool["function"]["name"] for tool in told)
         wanted = told
         if isinstance(choice, NamedChoice):
@@ -79,13 +83,19 @@ class ToolUse:
             if not wanted:
                 raise Refused("tool_choice names none of the tools", "tool_choice")
         rule = CallRule(form, names, single)
-        if choice == "auto":
+        if choice == "auto" and answer is None:
             if not strict:
                 return Tools(told, rule)
             texts = [grammar.allowed(told, strict) for grammar in self._grammars]
         else:
-            texts = [grammar.required(wanted, single) for grammar in self._grammars]
-        return Tools(told, rule, *texts)
+            answer = answer if choice == "auto" else None
+            if answer is not None and not self._grammars[0].takes_answers:
+                message = "this model's calls look like JSON; with a response_format give tool_choice"
+                raise Refused(message, "response_format")
+            texts = [grammar.required(wanted, single, answer) for grammar in self._grammars]
+        for tool in wanted:
+            check_schema(tool["function"].get("parameters"), "tools")
+        return Tools(told, rule, Lark(*texts))
 
     def check(self) -> None:
         """Refuse tools where the model knows none, or nobody knows how it writes calls."""

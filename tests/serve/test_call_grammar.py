@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import pytest
 
 from semipd.serve.call_grammar import CallGrammar
 from semipd.serve.calls import FORMATS, CallFinder
 from tests.serve.fakes import make_folder, make_tokenizer
-
-llguidance = pytest.importorskip("llguidance")
 
 LOOK: dict[str, Any] = {
     "type": "object",
@@ -28,7 +27,7 @@ TOOLS = [
     {"type": "function", "function": {"name": 'g"é'}},
 ]
 NAMES = frozenset(("look", 'g"é'))
-MARKS = {"<tool_call>": 3, "</tool_call>": 4, "[TOOL_CALLS]": 3, "[ARGS]": 4}
+MARKS = {"<tool_call>": 3, "</tool_call>": 4, "[TOOL_CALLS]": 3, "[ARGS]": 4, "[CALL_ID]": 2}
 WAYS = [("hermes", False), ("llama3", False), ("mistral", False), ("mistral", True)]
 
 
@@ -81,7 +80,7 @@ def calls_in(form: str, pieces: Sequence[str]) -> tuple[str, list[tuple[str, Any
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(("form", "by_name"), WAYS)
 def test_what_follows_is_a_call(tokenizer: Any, form: str, by_name: bool, special: bool) -> None:
-    marks = {text: MARKS[text] for text in FORMATS[form].marks if text in MARKS} if special else {}
+    marks = {text: MARKS[text] for text in FORMATS[form].marks} if special else {}
     dice = random.Random(1)
     seen: set[int] = set()
     for single in (False, True):
@@ -97,6 +96,22 @@ def test_what_follows_is_a_call(tokenizer: Any, form: str, by_name: bool, specia
                 assert arguments == {} if name != "look" else set(arguments) == {"at", "n"}
         assert not walk.follows("hello") and not walk.follows("")
     assert seen > {1} or form == "llama3"
+
+
+@pytest.mark.parametrize(("form", "by_name"), WAYS)
+def test_calls_or_an_answer_in_json(tokenizer: Any, form: str, by_name: bool) -> None:
+    schema = json.dumps(
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": ["object", "array"], "required": ["b"]}}}
+    )
+    marks = {text: MARKS[text] for text in FORMATS[form].marks} if by_name else {}
+    grammar = CallGrammar(FORMATS[form], marks, by_name)
+    assert grammar.takes_answers == (form == "hermes" or by_name)
+    if grammar.takes_answers:
+        walk = Walk(tokenizer, grammar.required(TOOLS, False, schema), marks)
+        assert walk.follows('{"b": 1}') and walk.follows("[1]")
+        assert not walk.follows("{}") and not walk.follows("hello")
+        dice = random.Random(2)
+        assert any(calls_in(form, walk.random(dice))[1] for _ in range(20))
 
 
 LOOKS, EMPTY = '{"at": "é", "n": 7}', "{}"

@@ -22,6 +22,7 @@ from semipd import LLM, SamplingParams
 from semipd.cli import main
 from tests.checkpoints import make_checkpoint
 from tests.serve.fakes import eventually
+from tests.serve.test_tools import TEMPLATE as TOOL_TEMPLATE
 
 ROOT = Path(__file__).parents[2]
 FLAGS = {"kv_blocks": 128, "dtype": "float32", "max_model_len": 512}
@@ -74,7 +75,9 @@ def serve(folder: Path, **more: Any) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+    folder = make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,49 @@ def test_min_tokens_holds_on_the_device(served: Served) -> None:
                 "/v1/completions", json={**body, "seed": seed, "stop_token_ids": stops, "min_tokens": 3}
             ).json()
             assert answer["usage"]["completion_tokens"] > 3
+
+
+def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(served: Served) -> None:
+    place = {"enum": ["here", "there"]}
+    look = {
+        "type": "object",
+        "properties": {"at": place},
+        "required": ["at"],
+        "additionalProperties": False,
+    }
+    functions = [{"name": "look", "parameters": look, "strict": True}, {"name": "wait"}]
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "hello"}],
+        "tools": [{"type": "function", "function": function} for function in functions],
+        "parallel_tool_calls": False,
+        "n": 4,
+        "seed": 3,
+    }
+    named = {"type": "function", "function": {"name": "look"}}
+
+    def choices(**more: Any) -> list[dict[str, Any]]:
+        response = client.post("/v1/chat/completions", json={**body, **more})
+        assert response.status_code == 200, response.text
+        found: list[dict[str, Any]] = response.json()["choices"]
+        return found
+
+    def calls(choice: dict[str, Any]) -> list[dict[str, Any]]:
+        return [call["function"] for call in choice["message"].get("tool_calls", ())]
+
+    with served.client() as client:
+        for choice in choices(tool_choice="required"):
+            (call,) = calls(choice)
+            assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+            assert call["name"] in ("look", "wait")
+        for choice in choices(tool_choice=named):
+            (call,) = calls(choice)
+            assert json.loads(call["arguments"])["at"] in ("here", "there") and call["name"] == "look"
+        for choice in choices(tool_choice="auto", max_tokens=20):
+            assert not calls(choice), "a model like this one does not know how"
+        for choice in choices(response_format={"type": "json_object"}, max_tokens=60):
+            text = choice["message"]["content"]
+            done = choice["finish_reason"] != "length"
+            assert not done or calls(choice) or isinstance(json.loads(text), dict)
 
 
 def test_chat_and_prefix_cache(served: Served) -> None:

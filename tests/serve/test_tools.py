@@ -36,6 +36,13 @@ WEATHER: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+
+
+def strict(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A tool whose arguments must follow this schema."""
+    return {"type": "function", "function": {"name": "a", "parameters": parameters, "strict": True}}
+
+
 USER: dict[str, Any] = {"role": "user", "content": "and köln?"}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "köln"}}\n</tool_call>'
 SAID = f"let me see.\n{CALL}\n{CALL}"
@@ -197,8 +204,18 @@ def test_log_probabilities_are_of_every_token(client: httpx.Client) -> None:
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a", "more": 1}}]}, "tools"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}, "tool_choice"),
-        ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
+            "tools",
+        ),
+        ({"tools": [strict({"type": "object", "not": {"type": "string"}})]}, "tools"),
+        ({"tools": [strict({"type": "object", "additionalProperties": {"multipleOf": 9999991}})]}, "tools"),
+        ({"tools": [strict({"$ref": "#/$defs/none"})]}, "tools"),
+        ({"tools": [strict({"type": "object", "enum": ["x" * 2**16]})]}, "messages"),
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"tool_choice": "required", "min_tokens": 3}, "min_tokens"),
+        ({"tool_choice": "required", "allowed_token_ids": [7]}, "allowed_token_ids"),
         ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
         ({"tools": [{**WEATHER, "function": {"name": "a", "description": "b" * 9_000}}]}, "messages"),
         ({"tools": "all"}, "tools"),
@@ -276,6 +293,7 @@ def test_the_format_of_calls_can_be_said(folder: Path) -> None:
         assert "tools:" in prompt_of(client, tools=[WEATHER])
     said = '{"name": "get_weather", "parameters": {"city": "köln"}}'
     with speaking(folder, said, tool_call_parser="llama3") as running, running.client() as client:
+        assert refused(client, response_format={"type": "json_object"}) == "response_format"
         message = ask(client)["message"]
     assert message["content"] is None and len(message["tool_calls"]) == 1
 
