@@ -19,6 +19,7 @@ from semipd.serve.generation import RequestMaker
 from semipd.serve.messages import EngineInfo
 from semipd.serve.model_folder import read_model_folder
 from semipd.serve.params import SamplingParams
+from semipd.serve.tokenizer import Tokenizer
 
 SLOTS, MAX_LENGTH, POOL_TOKENS = 64, 400, 8192
 AT_ONCE = 7  # requests that are there at the start; each further one comes after a step
@@ -31,6 +32,7 @@ class OneModel:
     def __init__(self, folder: Path, dtype: str = "float32") -> None:
         self.folder, self.dtype = folder, dtype
         self._spec, self._model = load_spec(folder), read_model_folder(folder)
+        self.tokenizer = Tokenizer(folder)
         self._executors: dict[int, CpuExecutor] = {}
         self.scores: list[list[Score]] = []  # of each prompt of the last run, by position
 
@@ -55,7 +57,8 @@ class OneModel:
         executor = self._executor(size)
         limit = min(MAX_LENGTH, kv_blocks * size or POOL_TOKENS)
         known = executor.device
-        maker = RequestMaker(self._model, config.model.seed, config.cache.prefix_cache)
+        seed, cached = config.model.seed, config.cache.prefix_cache
+        maker = RequestMaker(self._model, seed, cached, tokenizer=self.tokenizer)
         info = EngineInfo(known.name, known.units, known.unit_kind, limit, size)
         clock = MonotonicClock()
         plan = maker.plan(prompts, params, info)

@@ -3,6 +3,7 @@ several policies, with chunks, a step ahead, and after preemptions."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,3 +123,37 @@ def test_drawn_tokens_with_penalties_do_not_depend_on_the_way(family: OneModel) 
         assert (preemptions > 0) == (way == "preempted")
         seen.append(together)
     assert seen[0] == seen[1] == seen[2]
+
+
+def test_texts_of_a_schema_do_not_depend_on_the_way(family: OneModel) -> None:
+    """Random weights, which know no JSON: all of them valid, alone and beside others, greedy and drawn."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "size": {"type": "integer", "minimum": -5, "maximum": 20_000},
+            "names": {"type": "array", "items": {"enum": ["fox", "dog", "böse"]}, "maxItems": 2},
+        },
+        "required": ["size", "names"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "animals", "schema": schema}}
+    prompts = [prompt for prompt in some_prompts() if len(prompt) < 120]
+    rules = [
+        SamplingParams(
+            temperature=0.4 * (index % 3), seed=index, max_tokens=250, response_format=form,
+            bad_words=["dog"],
+        ) if index % 4 else SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+        for index in range(len(prompts))
+    ]  # fmt: skip
+    seen = []
+    for way in ("semi-pd", "chunked-16", "preempted"):
+        together, preemptions = family.run(prompts, rules, **WAYS[way])
+        assert (preemptions > 0) == (way == "preempted")
+        seen.append(together)
+    assert seen[0] == seen[1] == seen[2]
+    assert family.run([prompts[3]], [rules[3]], **WAYS["semi-pd"])[0] == [seen[0][3]]
+    for output, rule in zip(seen[0], rules, strict=True):
+        if rule.response_format is not None:
+            value = json.loads(family.tokenizer.decode(output))
+            assert set(value) == {"size", "names"} and -5 <= value["size"] <= 20_000
+            assert len(value["names"]) <= 2 and set(value["names"]) <= {"fox", "böse"}

@@ -13,7 +13,7 @@ from semipd.core.order import PromptWork
 from semipd.core.partition import Shared, Static, Targets
 from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
 from semipd.core.ports import Policy
-from semipd.core.types import Event, Finished, Lane, Request, Sampling, Split, Tokens
+from semipd.core.types import Constraint, Event, Finished, Lane, Request, Sampling, Split, Tokens
 from semipd.execute.sim import FixedCost
 from tests.execute.fake import FakeExecutor, continuation, fake_device
 
@@ -64,12 +64,13 @@ def make_request(
     stop: tuple[int, ...] = (),
     min_tokens: int = 0,
     block_size: int = 4,
+    constraint: Constraint | None = None,
 ) -> Request:
     return Request(
         name,
         prompt,
         max_tokens,
-        Sampling(seed=seed),
+        Sampling(seed=seed, constraint=constraint),
         frozenset(stop),
         min_tokens,
         arrival,

@@ -13,6 +13,7 @@ from semipd.core.admission import Aggressive, Conservative, PastFuture
 from semipd.core.errors import Refused
 from semipd.core.ports import ExecutorLost
 from semipd.core.types import (
+    Constraint,
     Event,
     Finished,
     FinishReason,
@@ -65,6 +66,40 @@ def test_preemption_changes_no_token(policy: str) -> None:
     assert bench.outputs() == {request.id: expected(request) for request in requests}
     assert any(isinstance(event, Preempted) for event in bench.events)
     assert requests[0].preemptions == 0, "the oldest is never the one to give way"
+
+
+@pytest.mark.parametrize("policy", ["static", "chunked-3", "auto"])
+def test_no_step_is_planned_ahead_of_a_token_that_decides_what_may_come(policy: str) -> None:
+    """A constrained request's step waits for the one before; those of others go two deep again."""
+    bench = Bench(policy)
+    ruled = make_request("ruled", [1, 2, 3, 4, 5], 9, constraint=Constraint(bad_words=((1,),)))
+    others = [make_request(f"r{index}", [7 + index] * 6, 40) for index in range(3)]
+    for request in [ruled, *others]:
+        bench.engine.add(request)
+    bench.run()
+    depth, deepest = 0, [0, 0]  # of the decode lane, while it is live and afterwards
+    over = False
+    for event in bench.events:
+        if isinstance(event, Launched) and event.lane is Lane.DECODE:
+            depth += 1
+            deepest[over] = max(deepest[over], depth)
+        depth -= isinstance(event, Stepped) and event.result.lane is Lane.DECODE
+        over = over or (isinstance(event, Finished) and event.request is ruled)
+    assert deepest == [1, 2]
+    assert bench.outputs() == {request.id: expected(request) for request in [ruled, *others]}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_request_that_has_no_token_left_ends_alone(policy: str) -> None:
+    bench = Bench(policy)
+    free = [make_request(f"r{index}", [7 + index] * 6, 12) for index in range(3)]
+    third = expected(make_request("ruled", [1, 2, 3, 4, 5], 9))[:3]
+    ruled = make_request("ruled", [1, 2, 3, 4, 5], 9, constraint=Constraint(allowed=tuple(third)))
+    for request in [*free, ruled]:
+        bench.engine.add(request)
+    bench.run()
+    assert bench.outputs() == {**{request.id: expected(request) for request in free}, "ruled": third}
+    assert ruled.finish_reason is FinishReason.ERROR and "no token can follow" in (ruled.error or "")
 
 
 @pytest.mark.parametrize("admission", [Aggressive, Conservative, PastFuture])

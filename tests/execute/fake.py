@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from semipd.core.types import Batch, Device, Lane, Sampling
+from semipd.core.types import NO_TOKEN, Batch, Device, Lane, Sampling
 from semipd.execute.sim import FixedCost, SimExecutor, VirtualClock
 
 VOCABULARY = 50_000
@@ -83,6 +83,9 @@ class FakeExecutor(SimExecutor):
                 read = [self.cache[table[p // self.block_size]][p % self.block_size] for p in range(end)]
                 assert None not in read, "read a position that nobody computed"
                 token = reference([t for t in read if t is not None], self.sampling[slot].seed)
+                constraint = self.sampling[slot].constraint
+                if constraint is not None and constraint.allowed and token not in constraint.allowed:
+                    token = NO_TOKEN
                 tokens[end] = token
                 produced.append(token)
         return tuple(produced)

@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import openai
 import psutil
 import pytest
+from pydantic import BaseModel, Field
 
 from semipd import LLM, SamplingParams
 from semipd.cli import main
@@ -235,6 +237,72 @@ def test_a_killed_worker_changes_no_token(served: Served, greedy: dict[str, str]
             text.startswith(greedy[prompt][:-1]) for prompt, text in zip(PROMPTS, texts, strict=True)
         )
         assert client.get("/health").status_code == 200
+
+
+class Animal(BaseModel):
+    """What random weights are asked to say."""
+
+    name: str = Field(max_length=6)
+    legs: int = Field(ge=0, le=1000)
+    sounds: list[Literal["miau", "wuff"]] = Field(max_length=2)
+    wild: bool | None
+
+
+def openai_of(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+
+
+def test_random_weights_speak_json_in_the_openai_client(served: Served) -> None:
+    """Parsed into the caller's own class, each of several choices; the same from a stream, by the seed."""
+    messages: Any = [{"role": "user", "content": "Which animal?"}]
+    with openai_of(served) as client:
+        model = client.models.list().data[0].id
+        asked: Any = {
+            "model": model,
+            "messages": messages,
+            "max_tokens": 300,
+            "temperature": 0.8,
+            "seed": 5,
+        }
+        found = client.chat.completions.parse(**asked, n=3, response_format=Animal).choices
+        assert [choice.finish_reason for choice in found] == ["stop"] * 3
+        assert all(isinstance(choice.message.parsed, Animal) for choice in found)
+        assert len({choice.message.content for choice in found}) == 3
+        with client.chat.completions.stream(**asked, response_format=Animal) as stream:
+            streamed = stream.get_final_completion().choices[0].message
+        assert streamed.parsed == found[0].message.parsed and streamed.content == found[0].message.content
+        asked |= {"temperature": 0.0, "logit_bias": {str(token): 8 for token in (95, 97)}}
+        (free,) = client.chat.completions.create(**asked, response_format={"type": "json_object"}).choices
+        assert isinstance(json.loads(free.message.content or ""), dict) and free.finish_reason == "stop"
+        (cut,) = client.chat.completions.create(**asked | {"max_tokens": 3}, response_format=FORM).choices
+        assert cut.finish_reason == "length"
+
+
+FORM: Any = {"type": "json_schema", "json_schema": {"name": "animal", "schema": Animal.model_json_schema()}}
+
+
+def test_grammars_beside_free_texts_and_a_death(served: Served, greedy: dict[str, str]) -> None:
+    """In the same batches, with the decode worker killed under them; nobody's text changes, and what cannot
+    be is an error of its own."""
+    ruled = {"response_format": FORM, "ignore_eos": False, "max_tokens": 300}
+
+    def impossible(client: httpx.Client) -> int:
+        body = {"prompt": "a", "allowed_token_ids": [70, 71], "bad_words": ["b", "c"]}
+        return client.post("/v1/completions", json=body).status_code
+
+    with served.client() as client, ThreadPoolExecutor(16) as pool:
+        alone = [text_of(client, prompt, **ruled) for prompt in PROMPTS]
+        for prompt, text in zip(PROMPTS, alone, strict=True):
+            assert isinstance(Animal.model_validate_json(text), Animal), prompt
+        free = [pool.submit(text_of, client, prompt) for prompt in PROMPTS]
+        bound = [pool.submit(streamed, client, prompt, **ruled) for prompt in PROMPTS * 2]
+        failing = pool.submit(impossible, client)
+        with eventually(PATIENCE) as wait_for:
+            wait_for(lambda: (under_way(client) and not waiting(client)) or all(f.done() for f in bound))
+        served.named("semipd-decode").kill()
+        assert [future.result() for future in free] == [greedy[prompt] for prompt in PROMPTS]
+        assert [future.result() for future in bound] == alone * 2
+        assert failing.result() == 500
 
 
 def test_torch_is_where_it_belongs(served: Served) -> None:
