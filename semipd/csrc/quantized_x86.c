@@ -53,13 +53,13 @@ INLINE void multiply_rows(const Quantized *q, const Rows8 *x, int64_t row, int r
         for (int r = 0; r < rows; r++) dots[r][0] = dots[r][1] = _mm512_setzero_si512();
         for (int64_t k = 0; k < quads; k++, w += line) {
             __m512i low = _mm512_loadu_si512(w), high;
-            _mm_prefetch(w + 4096, _MM_HINT_T0);
+            _mm_prefetch(w + 4096, _MM_HINT_T1);
             if (bits == 4) {
                 high = _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
                 low = _mm512_and_si512(low, nibble);
             } else {
                 high = _mm512_loadu_si512(w + 64);
-                _mm_prefetch(w + 4096 + 64, _MM_HINT_T0);
+                _mm_prefetch(w + 4096 + 64, _MM_HINT_T1);
             }
             for (int r = 0; r < rows; r++) {
                 int32_t four;
@@ -112,7 +112,7 @@ static void widen_pair(const Quantized *q, int64_t pair, int8_t *wide) {
             }
         for (int64_t k = 0; k < quads; k++, w += 64, wide += 128) {
             __m512i both = _mm512_loadu_si512(w), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-            _mm_prefetch(w + 4096, _MM_HINT_T0);
+            _mm_prefetch(w + 4096, _MM_HINT_T1);
             _mm512_storeu_si512(wide, _mm512_sub_epi8(_mm512_and_si512(both, nibble), zero[0]));
             _mm512_storeu_si512(wide + 64, _mm512_sub_epi8(high, zero[1]));
         }

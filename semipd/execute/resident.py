@@ -1,8 +1,8 @@
 """The resident: a small single-threaded process that loads and packs the weights, maps the KV pool, and
 then only forks, waits and forks again. Its workers share every page of both without a copy.
 
-It must never start a thread: a fork copies only the thread that forks, so a pool's locks and queues would
-reach the workers broken. It never runs the model either.
+It must have no second thread when it forks: a fork copies only the thread that forks, so a pool's locks and
+queues would reach the workers broken. Those that pack weights have ended by then. It never runs the model.
 
 It ends when told to, when its socket closes, or when its parent dies. While it imports torch and loads, and
 cannot listen, the kernel watches the parent for it (PR_SET_PDEATHSIG, see launch.py); later the socket and
@@ -20,6 +20,7 @@ import os
 import select
 import signal
 import socket
+import time
 from dataclasses import dataclass
 
 import setproctitle
@@ -35,6 +36,8 @@ from semipd.lifetime import die_with_parent, outlive_parent
 from semipd.model.dense import load_model
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 5.0  # seconds for threads that have done their work to end
 
 
 def main(descriptor: int) -> None:
@@ -81,12 +84,22 @@ def _load(start: Start, memory: int, channel: Channel[Order]) -> Storage | None:
         log.exception("loading %s failed", start.model)
         channel.send(Failed(f"loading {start.model} failed: {type(error).__name__}: {error}"))
         return None
-    if len(thread_ids()) > 1:
+    if not _alone():
         channel.send(Failed("loading the model started a thread in the resident; workers cannot be forked"))
         return None
     gc.collect()
     gc.freeze()  # later collections, in any worker, do not write to these pages
     return Storage(start.model, model, shared, pool, start.cores)
+
+
+def _alone() -> bool:
+    """Whether this is the only thread. One that was joined leaves the system's list a little later."""
+    until = time.monotonic() + PATIENCE
+    while len(thread_ids()) > 1:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def kv_pool(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

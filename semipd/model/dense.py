@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +26,9 @@ from semipd.model.row_ops import CompiledRowOps, Heads, PlainRowOps, Rotations, 
 from semipd.model.spec import ModelSpec, load_spec
 from semipd.model.step import Boundary, DecodeStep, Parts, can_step
 from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
+
+MOST_LOADERS = 4  # threads that pack weights: more would wait for the memory
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -192,18 +200,37 @@ def load_model(
 def _build(
     spec: ModelSpec, weights: Weights, kind: Kind, head_kind: Kind, kernels: Kernels | None
 ) -> DenseModel:
-    table = (spec.vocabulary, spec.hidden)
-    embedding = weights.take("model.embed_tokens.weight", table)
-    layers = tuple(_build_layer(spec, weights, kind, index) for index in range(spec.layers))
+    def build_head() -> tuple[torch.Tensor, Compute]:
+        table = (spec.vocabulary, spec.hidden)
+        embedding = weights.take("model.embed_tokens.weight", table)
+        return embedding, head_kind.linear(
+            embedding if spec.tied else weights.take("lm_head.weight", table), None
+        )
+
+    # Packing is copying: torch holds no lock meanwhile. These threads have ended when this returns.
+    with ThreadPoolExecutor(min(MOST_LOADERS, os.cpu_count() or 1)) as pool:
+        last = pool.submit(_inferring, build_head)
+        each = [
+            pool.submit(_inferring, partial(_build_layer, spec, weights, kind, index))
+            for index in range(spec.layers)
+        ]
+        try:
+            embedding, head = last.result()
+            layers = tuple(layer.result() for layer in each)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     norm = weights.take("model.norm.weight", (spec.hidden,))
-    if spec.tied:
-        head, ignored = head_kind.linear(embedding, None), ["lm_head.weight"]
-    else:
-        head, ignored = head_kind.linear(weights.take("lm_head.weight", table), None), []
-    weights.finish(ignored)
+    weights.finish(["lm_head.weight"] if spec.tied else [])
     if not can_attend(kernels, spec.heads, spec.kv_heads, spec.head_dim, weights.dtype):
         kernels = None
     return DenseModel(spec, weights.dtype, embedding, layers, norm, head, kernels)
+
+
+def _inferring(build: Callable[[], T]) -> T:
+    """torch keeps that mode for each thread by itself."""
+    with torch.inference_mode():
+        return build()
 
 
 def _build_layer(spec: ModelSpec, weights: Weights, kind: Kind, index: int) -> Layer:

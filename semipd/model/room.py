@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,10 @@ _ALIGNED = 64
 
 
 class Room:
-    """Hands out tensors that lie next to one another. Memory returns when its last tensor is gone."""
+    """Hands out tensors next to one another, to any thread. Memory returns when its last tensor is gone."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._chunk: mmap.mmap | None = None
         self._used = 0
 
@@ -29,10 +31,12 @@ class Room:
         size = count * dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=dtype)
-        if self._chunk is None or self._used + size > len(self._chunk):
-            self._chunk, self._used = _chunk(max(size, CHUNK)), 0
-        tensor = torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=self._used)
-        self._used += -(-size // _ALIGNED) * _ALIGNED
+        with self._lock:
+            if self._chunk is None or self._used + size > len(self._chunk):
+                self._chunk, self._used = _chunk(max(size, CHUNK)), 0
+            chunk, offset = self._chunk, self._used
+            self._used += -(-size // _ALIGNED) * _ALIGNED
+        tensor = torch.frombuffer(chunk, dtype=dtype, count=count, offset=offset)
         return tensor.view(tuple(shape))
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
