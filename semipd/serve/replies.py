@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -207,12 +207,20 @@ class ChatReply(CompletionReply):
             message["tool_calls"] = [_call(call) for call in choice.calls]
         return {"message": message}
 
-    def _gain(self, delta: Delta) -> bytes:
+    def event(self, delta: Delta, usage: Usage) -> bytes:
+        """Each call is a chunk of its own, and not the one with the finish: OpenAI's client reads a chunk's
+        finish before its calls."""
         if not delta.calls:
-            return b'"delta":{"content":%s}' % _encode(delta.text)
-        content = {"content": delta.text} if delta.text else {}
-        calls = [{"index": call.index, **_call(call)} for call in delta.calls]
-        return b'"delta":' + _encode(content | {"tool_calls": calls})
+            return super().event(delta, usage)
+        gains: list[dict[str, Any]] = [{"content": delta.text}] if delta.text else []
+        gains += [{"tool_calls": [{"index": call.index, **_call(call)}]} for call in delta.calls]
+        form = b'%s{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null}%s'
+        end = self._end(usage)
+        chunks = [form % (self._start, delta.index, _encode(gain), end) for gain in gains]
+        return b"".join(chunks) + super().event(replace(delta, text="", calls=[]), usage)
+
+    def _gain(self, delta: Delta) -> bytes:
+        return b'"delta":{"content":%s}' % _encode(delta.text)
 
     def _logprobs(self, told: Sequence[Told]) -> dict[str, Any] | None:
         forms = self._extras.logprobs

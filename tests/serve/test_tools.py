@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 
@@ -128,6 +129,8 @@ def test_a_stream_has_the_same(theirs: openai.OpenAI, client: httpx.Client) -> N
         choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
         assert "".join(choice.delta.content or "" for choice in choices) == whole["content"]
         assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["tool_calls"]
+        assert all(len(choice.delta.tool_calls or ()) <= 1 for choice in choices)
+        assert not choices[-1].delta.tool_calls and choices[-1].finish_reason
         calls = [call for choice in choices for call in choice.delta.tool_calls or ()]
         assert [call.index for call in calls] == [0, 1] and all(call.id for call in calls)
         assert [call.function.model_dump() for call in calls] == [
@@ -147,6 +150,24 @@ def test_the_openai_clients_own_accumulator_understands(theirs: openai.OpenAI) -
     assert [(call.name, json.loads(call.arguments)) for call in calls] == [
         ("get_weather", {"city": "köln"})
     ] * 2
+
+
+def test_the_openai_clients_helpers_understand(theirs: openai.OpenAI) -> None:
+    """They want strict tools, and hand the arguments over as objects."""
+
+    class GetWeather(pydantic.BaseModel):
+        city: str
+
+    tool = openai.pydantic_function_tool(GetWeather, name="get_weather")
+    asked: dict[str, Any] = {"model": "tiny", "messages": [USER], "tools": [tool]}
+    with theirs.chat.completions.stream(**asked) as stream:
+        named = [event.name for event in stream if event.type == "tool_calls.function.arguments.done"]
+        streamed = stream.get_final_completion()
+    whole = theirs.chat.completions.parse(**asked)
+    assert named == ["get_weather"] * 2
+    for answer in (streamed, whole):
+        calls = answer.choices[0].message.tool_calls or []
+        assert [call.function.parsed_arguments for call in calls] == [GetWeather(city="köln")] * 2
 
 
 def test_the_turns_after_a_call(theirs: openai.OpenAI, client: httpx.Client) -> None:
