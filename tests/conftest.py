@@ -10,4 +10,4 @@ from semipd.execute.choose import has_gpu
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not has_gpu():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # "0" from whoever has found a GPU in another way

@@ -180,8 +180,8 @@ def measure(timer: StepTimer, say: Callable[[str], None] = print, budget: float 
     device = timer.executor.device
     rows: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": [], "beside": []}
     splits = [(0, device.units), (device.units, 0), *_spread(device.legal_splits)]
-    deadline, left_out = time.monotonic() + budget, 0
     timer.executor.capture_graphs()  # a step launched kernel by kernel would tell the host's speed
+    deadline, left_out = time.monotonic() + budget, 0
     for prefill, decode in splits:
         if time.monotonic() > deadline:
             left_out += 1

@@ -44,7 +44,7 @@ PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     "parity": ((EXECUTOR, "-k", "parity or policy"), 240.0),
 }
 BUDGET = 520.0  # seconds for all of them
-COMMON = ("-v", "-s", "-m", "not slow", "-W", "default", "-rs", "--durations=5", "-p", "no:cacheprovider",
+COMMON = ("-vv", "-s", "-m", "not slow", "-W", "default", "-rs", "--durations=5", "-p", "no:cacheprovider",
           "-o", "faulthandler_timeout=75")  # fmt: skip
 
 
@@ -71,7 +71,8 @@ def run_parts(
 def run_part(arguments: Sequence[str], limit: float) -> dict[str, Any]:
     """Tests of one process: how many passed, and which did not and why. Its output is ours."""
     # A plugin of the machine's Python could fail before our tests begin; they need none.
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
+    settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, **settings}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
