@@ -75,7 +75,7 @@ class CallGrammar:
         if self._form.closing:
             return rf'"\n" call "\n" {self._mark(self._form.closing)}'
         if self._form.opening and not self._by_name:
-            return '"[" call "]"' if single else '"[" call (", " call)* "]"'
+            return '" "? "[" call "]"' if single else '" "? "[" call (", " call)* "]"'
         return "call"
 
     def _call(self, name: str, arguments: str) -> str:

@@ -31,10 +31,11 @@ class TextPart(_Strict, kw_only=True):
 
 
 class CalledFunction(_Strict, kw_only=True):
-    """arguments: a JSON object, as text."""
+    """arguments: a JSON object, as text. parsed_arguments: the same again, by OpenAI's client; not read."""
 
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class ToolCall(_Strict, kw_only=True):
@@ -48,14 +49,15 @@ class ToolCall(_Strict, kw_only=True):
 
 class ChatMessage(_Strict, kw_only=True):
     """One turn. tool_calls: of the role assistant, whose content may then be null. tool_call_id, name: of
-    the role tool; the call that it answers. The other fields are in answers that clients send back; here
-    they hold nothing."""
+    the role tool; the call that it answers. parsed: what OpenAI's client makes of the content; not read.
+    The other fields are in answers that clients send back; here they hold nothing."""
 
     role: str
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    parsed: Any = None
     annotations: None = None
     audio: None = None
     function_call: None = None

@@ -280,5 +280,7 @@ def test_messages_may_be_copied_from_an_answer(client: httpx.Client) -> None:
         {"role": "user", "content": "go on"},
     ]
     assert client.post(CHAT, json={"messages": messages, "max_tokens": 2}).status_code == 200
+    messages[1]["parsed"] = {"what": "OpenAI's client makes of the content"}
+    assert client.post(CHAT, json={"messages": messages, "max_tokens": 2}).status_code == 200
     messages[1]["tool_calls"] = [{"id": "1"}]
     assert "tool_calls" in error_of(client.post(CHAT, json={"messages": messages}))["message"]

@@ -140,7 +140,7 @@ def test_free_text_with_strict_calls_in_other_forms(tokenizer: Any) -> None:
 
     marks = {"[TOOL_CALLS]": 3, "[ARGS]": 4}
     walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks).allowed(TOOLS, strict), marks)
-    assert walk.follows("hi") and walk.follows("hi", 3, f'[{{"name": "look", "arguments": {LOOKS}}}]')
+    assert walk.follows("hi") and walk.follows("hi", 3, f' [{{"name": "look", "arguments": {LOOKS}}}]')
     assert not walk.follows(3, f'[{{"name": "look", "arguments": {BAD}}}]') and not walk.follows(3, "hi")
     walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks, True).allowed(TOOLS, strict), marks)
     assert walk.follows("hi") and walk.follows("hi", 3, "look", 4, LOOKS, 3, "look", 4, LOOKS)

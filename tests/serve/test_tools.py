@@ -168,6 +168,9 @@ def test_the_openai_clients_helpers_understand(theirs: openai.OpenAI) -> None:
     for answer in (streamed, whole):
         calls = answer.choices[0].message.tool_calls or []
         assert [call.function.parsed_arguments for call in calls] == [GetWeather(city="köln")] * 2
+        told = [{"role": "tool", "tool_call_id": call.id, "content": "sun"} for call in calls]
+        asked["messages"] = [USER, answer.choices[0].message, *told]
+        assert theirs.chat.completions.create(**asked).choices[0].message.tool_calls, "the next turn"
 
 
 def test_the_turns_after_a_call(theirs: openai.OpenAI, client: httpx.Client) -> None:
