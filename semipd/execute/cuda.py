@@ -169,8 +169,7 @@ class CudaExecutor:
             return self.graphs.capture_next()
         except Exception as error:
             self._survive(error)
-            log.warning("capturing a graph failed, this split runs without: %s", _line(error))
-            return False
+            raise
 
     def _launch_due(self) -> bool:
         """Launch what may be launched now; whether anything was."""

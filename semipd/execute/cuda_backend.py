@@ -175,10 +175,12 @@ class CudaBackend:
     def capture(self, side: Side, launch: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread launches here, but others of the process may use torch.
-        with torch.cuda.graph(
+        # Only this thread launches here, but others of the process may use torch. A capture that fails leaves
+        # its stream the current one, which the outer context undoes.
+        capturing = torch.cuda.graph(
             graph, pool=self._graph_pool, stream=side.stream, capture_error_mode="thread_local"
-        ):
+        )
+        with self.on(side), capturing:
             launch()
         replay: Callable[[], None] = graph.replay
         return replay

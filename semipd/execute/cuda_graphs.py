@@ -102,12 +102,21 @@ class DecodeGraphs:
             pass
 
     def capture_next(self) -> bool:
-        """Capture one more graph of those that are wanted; whether there was one. Blocks for a while."""
+        """Capture one more graph of those that are wanted; whether there was one. Blocks for a while. A side
+        on which it fails goes on without those that it has not; raises what the device did not survive."""
         if not self._wanted or self.nbytes >= self._budget:
             return False
         side, rows = self._wanted.pop(0)
         before, _ = self._backend.memory()
-        self._graphs[side][rows] = self._capture(side, rows)
+        try:
+            self._graphs[side][rows] = self._capture(side, rows)
+        except Exception as error:
+            if self._backend.lost(error) is not None:
+                raise
+            self._wanted = [wanted for wanted in self._wanted if wanted[0] is not side]
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("no graph of %d rows on %d SMs, such steps run without: %s", rows, side.units, why)
+            return True
         after, _ = self._backend.memory()
         self.nbytes += max(before - after, 0)
         log.debug("graph of %d rows on %d SMs: %.1f MiB", rows, side.units, (before - after) / 2**20)

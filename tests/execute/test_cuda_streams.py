@@ -219,6 +219,29 @@ class TestGraphs:
         bench.driver.run(Lane.DECODE, Slice(0, 21, 1))
         assert bench.backend.replays == 1
 
+    def test_a_side_that_cannot_be_captured_runs_without_graphs(
+        self, checkpoint: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Streams of partitions may refuse it: that costs their graphs, not the start, nor a token."""
+
+        class Refusing(FakeBackend):
+            def capture(self, side: Any, launch: Any) -> Any:
+                if side.pair >= 0:
+                    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nHint")
+                return super().capture(side, launch)
+
+        bench = Bench(checkpoint, 2, Refusing(step=40))
+        bench.prefill(0, PROMPT[:20])
+        expected = bench.driver.generate(0, PROMPT[:20], 6)
+        assert bench.backend.replays > 0, "the whole device has its graphs"
+        before = bench.backend.replays
+        bench.driver.open(1, PROMPT[:20])
+        bench.split(92, 40)
+        assert bench.driver.generate(1, PROMPT[:20], 6) == expected and bench.backend.replays == before
+        bench.executor.wait(bench.backend.time + 1.0)
+        assert caplog.text.count("on 40 SMs, such steps run without: CUDA error: operation") == 1
+        assert "Hint" not in caplog.text
+
     def test_graphs_stay_within_their_budget(self, checkpoint: Path) -> None:
         bench = Bench(checkpoint, 2)
         graphs = bench.executor.graphs
