@@ -175,8 +175,8 @@ class CudaBackend:
     def capture(self, side: Side, launch: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread launches here, but others of the process may use torch. A capture that fails leaves
-        # its stream the current one, which the outer context undoes.
+        # Only this thread launches here, but others of the process may use torch. A capture that fails
+        # leaves its stream the current one, which the outer context undoes.
         capturing = torch.cuda.graph(
             graph, pool=self._graph_pool, stream=side.stream, capture_error_mode="thread_local"
         )

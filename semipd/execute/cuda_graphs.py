@@ -102,8 +102,8 @@ class DecodeGraphs:
             pass
 
     def capture_next(self) -> bool:
-        """Capture one more graph of those that are wanted; whether there was one. Blocks for a while. A side
-        on which it fails goes on without those that it has not; raises what the device did not survive."""
+        """Capture one more graph of those that are wanted; whether there was one. Blocks for a while. A
+        side on which it fails goes on without; raises what the device did not survive."""
         if not self._wanted or self.nbytes >= self._budget:
             return False
         side, rows = self._wanted.pop(0)
