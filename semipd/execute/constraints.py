@@ -50,6 +50,7 @@ class Constraints:
         table = self._table
         known = self._known.get(slot)
         if known is None or known.opening != table.opening[slot]:
+            self._known = {at: one for at, one in self._known.items() if table.opened[at]}
             known = self._known[slot] = self._open(slot)
         output = table.tokens[slot, table.prompt_length[slot] : position]
         allowed = known.allowed.copy()

@@ -74,7 +74,8 @@ class DeviceStorage:
     ) -> None:
         """folder: with the tokenizer, for slots under a grammar."""
         nbytes = SlotTable.nbytes(slots, max_length, block_size)
-        self.table = SlotTable(bytearray(nbytes), slots, max_length, block_size)
+        memory = np.zeros(nbytes, np.uint8)  # pages that nobody has written take none
+        self.table = SlotTable(memory.data, slots, max_length, block_size)
         self.scratch = slots
         self.scratch_block = blocks
         self._vocabulary = model.spec.vocabulary

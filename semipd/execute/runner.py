@@ -106,7 +106,7 @@ class Runner:
             tokens[others], scores = self._choose(
                 step.logits(others), slots[others], produced[others], others
             )
-        table.tokens[slots, produced] = np.maximum(tokens, 0)
+        table.tokens[slots, produced] = np.maximum(tokens, 0) if others.size else tokens
         chosen: list[int] = tokens.tolist()
         return Produced(chosen, scores)
 
