@@ -33,5 +33,6 @@ EXPORT int semipd_level(void) { return BASELINE; }
 #endif
 
 const Kernels *kernels_of(int level) {
+    if (level >= AVX512_BF16) return &kernels_avx512_bf16;
     return level >= AVX512 ? &kernels_avx512 : level == AVX2 ? &kernels_avx2 : &kernels_baseline;
 }

@@ -77,7 +77,7 @@ typedef struct { /* those in arrays for float and for bfloat16 */
     MultiplyPair *multiply_floats, *multiply_halves;
 } Kernels;
 
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 const Kernels *kernels_of(int level);
 

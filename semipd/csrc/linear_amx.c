@@ -32,13 +32,8 @@ void shape_tiles(int64_t rows, int64_t depth) {
 void begin_tiles(void) { shaped_rows = 0; }
 void end_tiles(void) { _tile_release(); }
 
-static void ahead(const uint16_t *weight) {
-    const char *from = (const char *)(weight + 6 * PAIR_TILE);
-    for (int line = 0; line < 32; line++) _mm_prefetch(from + 64 * line, _MM_HINT_T1);
-}
-
 static void multiply_16(const uint16_t *x, int64_t x_stride, const uint16_t *weight, int64_t depth, int fresh,
-                        int stream, float *sums) {
+                        const char *ahead, int64_t lines, float *sums) {
     if (fresh) {
         _tile_zero(0);
         _tile_zero(1);
@@ -46,8 +41,8 @@ static void multiply_16(const uint16_t *x, int64_t x_stride, const uint16_t *wei
         _tile_loadd(0, sums, PAIR * 4);
         _tile_loadd(1, sums + 16, PAIR * 4);
     }
-    for (int64_t k = 0; k < depth; k += DEPTH, weight += PAIR_TILE) {
-        if (stream) ahead(weight);
+    for (int64_t k = 0; k < depth; k += DEPTH, weight += PAIR_TILE, ahead += 64 * lines) {
+        ask(ahead, lines, 0, 1);
         _tile_loadd(4, x + k, x_stride * 2);
         _tile_loadd(6, weight, 64);
         _tile_loadd(7, weight + 512, 64);
@@ -59,7 +54,7 @@ static void multiply_16(const uint16_t *x, int64_t x_stride, const uint16_t *wei
 }
 
 static void multiply_32(const uint16_t *x, int64_t x_stride, const uint16_t *weight, int64_t depth, int fresh,
-                        int stream, float *sums) {
+                        const char *ahead, int64_t lines, float *sums) {
     const uint16_t *below = x + 16 * x_stride;
     float *more = sums + 16 * PAIR;
     if (fresh) {
@@ -73,8 +68,8 @@ static void multiply_32(const uint16_t *x, int64_t x_stride, const uint16_t *wei
         _tile_loadd(2, more, PAIR * 4);
         _tile_loadd(3, more + 16, PAIR * 4);
     }
-    for (int64_t k = 0; k < depth; k += DEPTH, weight += PAIR_TILE) {
-        if (stream) ahead(weight);
+    for (int64_t k = 0; k < depth; k += DEPTH, weight += PAIR_TILE, ahead += 64 * lines) {
+        ask(ahead, lines, 0, 1);
         _tile_loadd(6, weight, 64);
         _tile_loadd(4, x + k, x_stride * 2);
         _tile_loadd(7, weight + 512, 64);
@@ -91,18 +86,19 @@ static void multiply_32(const uint16_t *x, int64_t x_stride, const uint16_t *wei
 }
 
 void multiply_pair_amx(const void *x, int64_t x_stride, int64_t rows, const void *weight, int64_t depth, int fresh,
-                       int stream, float *sums) {
+                       const char *ahead, int64_t lines, float *sums) {
     shape_tiles(rows, 64);
-    if (rows > 16) multiply_32(x, x_stride, weight, depth, fresh, stream, sums);
-    else multiply_16(x, x_stride, weight, depth, fresh, stream, sums);
+    if (rows > 16) multiply_32(x, x_stride, weight, depth, fresh, ahead, lines, sums);
+    else multiply_16(x, x_stride, weight, depth, fresh, ahead, lines, sums);
 }
 #else
 void shape_tiles(int64_t rows, int64_t depth) { (void)rows, (void)depth; }
 void begin_tiles(void) {}
 void end_tiles(void) {}
 void multiply_pair_amx(const void *x, int64_t x_stride, int64_t rows, const void *weight, int64_t depth, int fresh,
-                       int stream, float *sums) {
-    (void)x, (void)x_stride, (void)rows, (void)weight, (void)depth, (void)fresh, (void)stream, (void)sums;
+                       const char *ahead, int64_t lines, float *sums) {
+    (void)x, (void)x_stride, (void)rows, (void)weight, (void)depth, (void)fresh;
+    (void)ahead, (void)lines, (void)sums;
     __builtin_trap();
 }
 #endif

@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -22,12 +25,16 @@ INLINE f32x16 splat(float x) { return x - (f32x16){0}; }
 
 INLINE f32x16 widen(u16x16 half) { return (f32x16)(__builtin_convertvector(half, u32x16) << 16); }
 
-/* To the nearest bfloat16, ties to even; NaN stays NaN. */
+/* To the nearest bfloat16, ties to even; NaN stays NaN. The instruction takes subnormal numbers for zeros. */
 INLINE u16x16 narrow(f32x16 x) {
+#if defined(__AVX512BF16__)
+    return (u16x16)_mm512_cvtneps_pbh((__m512)x);
+#else
     u32x16 bits = (u32x16)x;
     u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     u32x16 is_nan = (u32x16)(x != x);
     return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), u16x16);
+#endif
 }
 
 /* Elements are float, or bfloat16 where `half` says so; `half` is a constant wherever these are used. */
