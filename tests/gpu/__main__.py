@@ -77,7 +77,7 @@ def run_part(arguments: Sequence[str], limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *COMMON, f"--junitxml={report}", *arguments]
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, process_group=0)
         try:
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
