@@ -63,6 +63,7 @@ from benchmarks.shapes import SHAPES
 PARTS = ("decode", "prefill", "mixed", "start", "small")
 SHAPE, SMALL_SHAPE = "0.5b", "12m"
 IDLE_SECONDS = 2.0
+SETTLE_SECONDS = 0.5  # vLLM's threads still spin for up to 0.2 s after an answer, on the cores of whoever is next
 SMALL_SECONDS = 120.0
 
 
@@ -129,6 +130,7 @@ class Session:
         worker = self.workers[name]
         seed = task.name if task.repeat else f"{task.name} {number}"
         prompts = random_prompts(task.prompts, SHAPES[shape]["vocab_size"], seed)
+        time.sleep(SETTLE_SECONDS)
         try:
             if task.repeat and "llama" not in name and "transformers" not in name:
                 worker.ask(prompts, [1] * len(prompts), self.limit(self.options.seconds))
