@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -80,6 +80,7 @@ class CompletionReply:
     usage: "none", "last" (in a chunk of its own), or "all" (in every chunk too)."""
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
+    gain = b'"text":%s'  # what a chunk adds
 
     def __init__(
         self,
@@ -102,6 +103,9 @@ class CompletionReply:
         }
         # Everything up to a chunk's choices is the same in all chunks of a stream.
         self._start = b"data: " + _encode(self._head)[:-1] + b',"choices":['
+        head = self._start.replace(b"%", b"%%")
+        self._chunk = head + b'{"index":%d,' + self.gain + b',"logprobs":%s,"finish_reason":%s%s}%s'
+        self._telling = extras.token_ids or extras.prompt_logprobs is not None
 
     def complete(self, choices: list[Choice], usage: Usage) -> bytes:
         """The whole answer."""
@@ -114,16 +118,20 @@ class CompletionReply:
         return b""
 
     def event(self, delta: Delta, usage: Usage) -> bytes:
-        """One chunk."""
-        finish = b"null" if delta.finish is None else b'"%s"' % delta.finish.encode()
-        entry = b'{"index":%d,%s,"logprobs":%s,"finish_reason":%s%s}' % (
+        """One chunk; more where calls became complete."""
+        ahead = self._call_events(delta, usage) if delta.calls else b""
+        return ahead + self._chunk % (
             delta.index,
-            self._gain(delta),
+            _encode(delta.text) if not ahead else b'""',
             _encode(self._logprobs(delta.told)) if delta.told else b"null",
-            finish,
-            self._chunk_extras(delta),
+            b"null" if delta.finish is None else b'"%s"' % delta.finish.encode(),
+            self._chunk_extras(delta) if self._telling else b"",
+            self._end(usage),
         )
-        return b"%s%s%s" % (self._start, entry, self._end(usage))
+
+    def _call_events(self, delta: Delta, usage: Usage) -> bytes:
+        """Those of a delta's text and calls, where this API has calls."""
+        return b""
 
     def last(self, usage: Usage) -> bytes:
         """Events after the last token."""
@@ -149,10 +157,6 @@ class CompletionReply:
     def _said(self, choice: Choice) -> dict[str, Any]:
         """The text, where this API has it."""
         return {"text": choice.text}
-
-    def _gain(self, delta: Delta) -> bytes:
-        """The same of a chunk, as JSON without its braces."""
-        return b'"text":' + _encode(delta.text)
 
     def _logprobs(self, told: Sequence[Told]) -> dict[str, Any] | None:
         forms = self._extras.logprobs
@@ -190,6 +194,7 @@ class ChatReply(CompletionReply):
     """/v1/chat/completions."""
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    gain = b'"delta":{"content":%s}'
 
     def first(self, usage: Usage) -> bytes:
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
@@ -207,20 +212,14 @@ class ChatReply(CompletionReply):
             message["tool_calls"] = [_call(call) for call in choice.calls]
         return {"message": message}
 
-    def event(self, delta: Delta, usage: Usage) -> bytes:
+    def _call_events(self, delta: Delta, usage: Usage) -> bytes:
         """Each call is a chunk of its own, and not the one with the finish: OpenAI's client reads a chunk's
         finish before its calls."""
-        if not delta.calls:
-            return super().event(delta, usage)
         gains: list[dict[str, Any]] = [{"content": delta.text}] if delta.text else []
         gains += [{"tool_calls": [{"index": call.index, **_call(call)}]} for call in delta.calls]
         form = b'%s{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null}%s'
         end = self._end(usage)
-        chunks = [form % (self._start, delta.index, _encode(gain), end) for gain in gains]
-        return b"".join(chunks) + super().event(replace(delta, text="", calls=[]), usage)
-
-    def _gain(self, delta: Delta) -> bytes:
-        return b'"delta":{"content":%s}' % _encode(delta.text)
+        return b"".join(form % (self._start, delta.index, _encode(gain), end) for gain in gains)
 
     def _logprobs(self, told: Sequence[Told]) -> dict[str, Any] | None:
         forms = self._extras.logprobs
