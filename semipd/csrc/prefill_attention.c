@@ -83,21 +83,31 @@ static void score(const uint16_t *query, int64_t stride, int64_t rows, const uin
     }
 }
 
-/* One row's scores [count] -> weights in bfloat16, nothing outside [low, high). Brings the running maximum and
-   sum along; returns what the row's earlier result is to be multiplied by. */
+/* 2^x for x <= 0, to within 3e-6 of itself, a hundredth of what bfloat16 keeps; 1 for 0 exactly, 0 for -infinity. */
+INLINE __m512 power_of_two(__m512 x) {
+    __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x less its floor */
+    __m512 power = _mm512_fmadd_ps(_mm512_set1_ps(0.0134266922f), part, _mm512_set1_ps(0.0522424616f));
+    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.241280213f));
+    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.693044841f));
+    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(power, x);
+}
+
+/* One row's scores [count] -> weights in bfloat16, nothing outside [low, high). scale: of scores, for powers of two.
+   Brings the running maximum (before scaling) and sum along; returns what to multiply the row's earlier result by. */
 INLINE float weigh(float *scores, uint16_t *weights, int64_t count, int64_t low, int64_t high, float scale,
                    float *most, float *sum) {
     i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     __m512 highest = _mm512_set1_ps(-INFINITY);
     for (int64_t i = 0; i < count; i += LANES) {
-        __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(scale));
+        __m512 score = _mm512_load_ps(scores + i);
         if (i < low || i + LANES > high) {
             __m512i at = (__m512i)(lane + (int32_t)i);
             __mmask16 seen = _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32((int32_t)low)) &
                              _mm512_cmplt_epi32_mask(at, _mm512_set1_epi32((int32_t)high));
             score = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), score);
+            _mm512_store_ps(scores + i, score);
         }
-        _mm512_store_ps(scores + i, score);
         highest = _mm512_max_ps(highest, score);
     }
     float now = _mm512_reduce_max_ps(highest), before = *most;
@@ -106,13 +116,13 @@ INLINE float weigh(float *scores, uint16_t *weights, int64_t count, int64_t low,
         memset(weights, 0, count * 2);
         return 1.0f;
     }
-    __m512 total = _mm512_setzero_ps();
+    __m512 total = _mm512_setzero_ps(), by = _mm512_set1_ps(scale), base = _mm512_set1_ps(now * scale);
     for (int64_t i = 0; i < count; i += LANES) {
-        f32x16 weight = exp16(load16(scores + i, 0) - now);
-        total = _mm512_add_ps(total, (__m512)weight);
-        _mm256_storeu_si256((__m256i *)(weights + i), (__m256i)_mm512_cvtneps_pbh((__m512)weight));
+        __m512 weight = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + i), by, base));
+        total = _mm512_add_ps(total, weight);
+        _mm256_storeu_si256((__m256i *)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
     }
-    float factor = before == -INFINITY ? 0.0f : expf(before - now);
+    float factor = before == now ? 1.0f : before == -INFINITY ? 0.0f : exp2f((before - now) * scale);
     *most = now;
     *sum = *sum * factor + _mm512_reduce_add_ps(total);
     return factor;
@@ -162,12 +172,13 @@ static void attend_block(const PrefillPlan *plan, const uint16_t *query, int64_t
     float scores[ROWS * KEYS] __attribute__((aligned(64)));
     uint16_t weights[ROWS * KEYS] __attribute__((aligned(64)));
     int64_t dim = plan->head_dim;
+    float scale = plan->scale * 1.44269504f; /* log2(e) */
     for (int64_t k = 0; k < count; k += 32)
         score(query, plan->query_stride, rows, keys + k * dim, dim, scores + k);
     FENCE(scores);
     for (int64_t r = 0; r < rows; r++) {
         int64_t own = position + r + 1, from = plan->window && own > plan->window ? own - plan->window : 0;
-        float factor = weigh(scores + r * KEYS, weights + r * KEYS, count, from - begin, own - begin, plan->scale,
+        float factor = weigh(scores + r * KEYS, weights + r * KEYS, count, from - begin, own - begin, scale,
                              run->most + r, run->sum + r);
         if (factor != 1.0f)
             for (int64_t i = 0; i < dim; i += LANES)
