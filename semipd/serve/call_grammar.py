@@ -67,7 +67,8 @@ class CallGrammar:
         if opening in self._marks:
             return f"start: (REST {self._mark(opening)} block)* REST\n{_ANY_TEXT}{calls}"
         tag = "".join(f"\\{letter}" if letter in "[]/" else letter for letter in opening)
-        said = f"said[lazy]: /(?s:.*){tag}/\nREST: ~/(?s:.*){tag}(?s:.*)/\n"
+        # What the complement alone matches is no text: broken characters, special tokens.
+        said = f"said[lazy]: /(?s:.*){tag}/\nREST: /(?s:.*)/ & ~/(?s:.*){tag}(?s:.*)/\n"
         return f"start: (said block)* REST\n{said}{calls}"
 
     def _block(self, single: bool) -> str:

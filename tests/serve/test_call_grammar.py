@@ -56,6 +56,13 @@ class Walk:
         whole = self._matcher.validate_tokens(ids) == len(ids)
         return whole and bool(self._matcher.consume_tokens(ids)) and bool(self._matcher.is_accepting())
 
+    def special_after(self, text: str) -> set[int]:
+        """Special tokens that may come next."""
+        self._matcher.reset()
+        self._matcher.consume_tokens(self._raw.encode(text).ids)
+        mask = self._matcher.compute_bitmask()
+        return {index for index in range(5) if mask[0] >> index & 1}
+
     def random(self, dice: random.Random) -> list[str]:
         """A text by chance, token by token."""
         self._matcher.reset()
@@ -129,6 +136,7 @@ def test_free_text_with_strict_calls(tokenizer: Any) -> None:
     assert walk.follows(hermes('{"what": [1]}', 'g\\"é')), "not strict"
     assert not walk.follows(hermes(BAD)) and not walk.follows(hermes(EMPTY, "other"))
     assert not walk.follows("<tool_call> is a tag")
+    assert walk.special_after("hi") == walk.special_after("") == {0}, "besides the end"
 
 
 def test_free_text_with_strict_calls_in_other_forms(tokenizer: Any) -> None:
@@ -144,4 +152,5 @@ def test_free_text_with_strict_calls_in_other_forms(tokenizer: Any) -> None:
     assert not walk.follows(3, f'[{{"name": "look", "arguments": {BAD}}}]') and not walk.follows(3, "hi")
     walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks, True).allowed(TOOLS, strict), marks)
     assert walk.follows("hi") and walk.follows("hi", 3, "look", 4, LOOKS, 3, "look", 4, LOOKS)
+    assert walk.special_after("hi") == {0, 3}
     assert not walk.follows(3, "look", 4, BAD) and not walk.follows(3, "other", 4, EMPTY)
