@@ -54,14 +54,15 @@ class Follower:
         from llguidance import LLMatcher
 
         self._tokenizer = tokenizer
-        self._raw: LLMatcher = LLMatcher(tokenizer.raw, grammar, log_level=0, limits=_limits())
+        self._start: LLMatcher = LLMatcher(tokenizer.raw, grammar, log_level=0, limits=_limits())
+        self._raw = self._start.deep_copy()
         self._followed = 0
 
     def copy(self) -> Follower:
-        """Another text of the same grammar, as far as this one is."""
+        """Another text of the same grammar, at its beginning."""
         twin = object.__new__(Follower)
-        twin._tokenizer, twin._followed = self._tokenizer, self._followed
-        twin._raw = self._raw.deep_copy()
+        twin._tokenizer, twin._start, twin._followed = self._tokenizer, self._start, 0
+        twin._raw = self._start.deep_copy()
         return twin
 
     def mask(self, tokens: np.ndarray) -> np.ndarray:
@@ -71,7 +72,7 @@ class Follower:
         raw, size = self._raw, -(-self._tokenizer.vocabulary // WORD)
         words = np.zeros(-(-self._tokenizer.raw.vocab_size // WORD), np.uint32)
         if len(tokens) < self._followed:
-            raw.reset()
+            self._raw = raw = self._start.deep_copy()  # `reset` does not lead out of an error
             self._followed = 0
         if len(tokens) > self._followed:
             raw.consume_tokens(tokens[self._followed :].tolist())
