@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from semipd.serve.calls import CallFormat
@@ -19,7 +19,7 @@ _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additiona
 _ANY_PARAMETERS = {"type": "object"}
 _ANY_TEXT = "REST: /(?s:.*)/\n"
 
-Tool = Mapping[str, Any]
+Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of functions, by name
 
 
 class CallGrammar:
@@ -39,8 +39,8 @@ class CallGrammar:
         opening = self._form.opening
         return opening in self._marks or opening[:1] not in ("", "[", "{")
 
-    def required(self, tools: Sequence[Tool], single: bool, answer: str | None = None) -> str:
-        """Nothing but calls, at least one, all of these tools. single: and no more than one. answer: or
+    def required(self, schemas: Schemas, single: bool, answer: str | None = None) -> str:
+        """Nothing but calls, at least one, all of these functions. single: and no more than one. answer: or
         else JSON of this schema, given as text."""
         blocks = "block"
         if not single and self._form.closing:
@@ -48,19 +48,15 @@ class CallGrammar:
         elif not single and self._by_name:
             blocks = "block+"
         opening = f"{self._mark(self._form.opening)} " if self._form.opening else ""
-        calls = _calls([(_name(tool), _schema(tool)) for tool in tools], self._call)
+        calls = _calls(schemas, self._call)
         start = f"start: {blocks}\n"
         if answer is not None:
             start = f"start: ({blocks}) | answer\nanswer: {_json_of(json.loads(answer))}"
         return f"{start}block: {opening}{self._block(single)}\n{calls}"
 
-    def allowed(self, tools: Sequence[Tool], strict: frozenset[str]) -> str:
-        """Any text, in which all calls are of these tools. strict: names of those whose arguments follow
-        their schemas; those of others are any object."""
-        given = [
-            (_name(tool), _schema(tool) if _name(tool) in strict else _ANY_PARAMETERS) for tool in tools
-        ]
-        calls = f"block: {self._block(False)}\n{_calls(given, self._call)}"
+    def allowed(self, schemas: Schemas) -> str:
+        """Any text, in which all calls are of these functions."""
+        calls = f"block: {self._block(False)}\n{_calls(schemas, self._call)}"
         opening = self._form.opening
         if not opening:  # the whole text is a call, or does not begin like one
             return f"start: block | REST\nREST: /(\\s*[^\\s{{](?s:.*))?/\n{calls}"
@@ -90,10 +86,21 @@ class CallGrammar:
         return f"<[{self._marks[text]}]>" if text in self._marks else _literal(text)
 
 
-def _calls(tools: Sequence[tuple[str, Mapping[str, Any]]], call: Callable[[str, str], str]) -> str:
-    """Rules of `call`, which is one of any of the tools."""
-    rules = [f"call: {' | '.join(f'call{place}' for place in range(len(tools)))}\n"]
-    for place, (name, schema) in enumerate(tools):
+def schemas_of(tools: Sequence[Mapping[str, Any]], followed: Container[str]) -> Schemas:
+    """Of each of the tools, by name. followed: names of those whose own counts; others take any object."""
+    functions = [tool["function"] for tool in tools]
+    return {
+        function["name"]: {"type": "object", **(function.get("parameters") or _NO_PARAMETERS)}
+        if function["name"] in followed
+        else _ANY_PARAMETERS
+        for function in functions
+    }
+
+
+def _calls(schemas: Schemas, call: Callable[[str, str], str]) -> str:
+    """Rules of `call`, which is one of any of the functions."""
+    rules = [f"call: {' | '.join(f'call{place}' for place in range(len(schemas)))}\n"]
+    for place, (name, schema) in enumerate(schemas.items()):
         rules.append(f"call{place}: {call(name, f'args{place}')}\n")
         rules.append(f"args{place}: {_json_of(schema)}")
     return "".join(rules)
@@ -101,16 +108,6 @@ def _calls(tools: Sequence[tuple[str, Mapping[str, Any]]], call: Callable[[str, 
 
 def _json_of(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _STYLE})}\n"
-
-
-def _name(tool: Tool) -> str:
-    name: str = tool["function"]["name"]
-    return name
-
-
-def _schema(tool: Tool) -> Mapping[str, Any]:
-    schema: Mapping[str, Any] = tool["function"].get("parameters") or _NO_PARAMETERS
-    return {"type": "object", **schema}
 
 
 def _literal(text: str) -> str:

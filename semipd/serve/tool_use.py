@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from semipd.core.errors import Refused
-from semipd.serve.call_grammar import CallGrammar
+from semipd.serve.call_grammar import CallGrammar, schemas_of
 from semipd.serve.calls import CallFormat, CallRule, format_of
 from semipd.serve.chat import ChatTemplate
 from semipd.serve.constraint import Lark, check_schema, schema_of
@@ -83,18 +83,18 @@ class ToolUse:
             if not wanted:
                 raise Refused("tool_choice names none of the tools", "tool_choice")
         rule = CallRule(form, names, single)
+        schemas = schemas_of(wanted, followed=strict if choice == "auto" else names)
+        for schema in schemas.values():
+            check_schema(schema, "tools")
         if choice == "auto" and answer is None:
             if not strict:
                 return Tools(told, rule)
-            texts = [grammar.allowed(told, strict) for grammar in self._grammars]
-        else:
-            answer = answer if choice == "auto" else None
-            if answer is not None and not self._grammars[0].takes_answers:
-                message = "this model's calls look like JSON; with a response_format give tool_choice"
-                raise Refused(message, "response_format")
-            texts = [grammar.required(wanted, single, answer) for grammar in self._grammars]
-        for tool in wanted:
-            check_schema(tool["function"].get("parameters"), "tools")
+            return Tools(told, rule, Lark(*(grammar.allowed(schemas) for grammar in self._grammars)))
+        answer = answer if choice == "auto" else None
+        if answer is not None and not self._grammars[0].takes_answers:
+            message = "this model's calls look like JSON; with a response_format give tool_choice"
+            raise Refused(message, "response_format")
+        texts = (grammar.required(schemas, single, answer) for grammar in self._grammars)
         return Tools(told, rule, Lark(*texts))
 
     def check(self) -> None:

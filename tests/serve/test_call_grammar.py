@@ -11,7 +11,7 @@ from typing import Any
 import llguidance
 import pytest
 
-from semipd.serve.call_grammar import CallGrammar
+from semipd.serve.call_grammar import CallGrammar, schemas_of
 from semipd.serve.calls import FORMATS, CallFinder
 from tests.serve.fakes import make_folder, make_tokenizer
 
@@ -27,6 +27,7 @@ TOOLS = [
     {"type": "function", "function": {"name": 'g"é'}},
 ]
 NAMES = frozenset(("look", 'g"é'))
+ALL, STRICT = schemas_of(TOOLS, NAMES), schemas_of(TOOLS, {"look"})
 MARKS = {"<tool_call>": 3, "</tool_call>": 4, "[TOOL_CALLS]": 3, "[ARGS]": 4, "[CALL_ID]": 2}
 WAYS = [("hermes", False), ("llama3", False), ("mistral", False), ("mistral", True)]
 
@@ -91,7 +92,7 @@ def test_what_follows_is_a_call(tokenizer: Any, form: str, by_name: bool, specia
     dice = random.Random(1)
     seen: set[int] = set()
     for single in (False, True):
-        walk = Walk(tokenizer, CallGrammar(FORMATS[form], marks, by_name).required(TOOLS, single), marks)
+        walk = Walk(tokenizer, CallGrammar(FORMATS[form], marks, by_name).required(ALL, single), marks)
         for _ in range(6):
             pieces = walk.random(dice)
             text, calls = calls_in(form, pieces)
@@ -114,7 +115,7 @@ def test_calls_or_an_answer_in_json(tokenizer: Any, form: str, by_name: bool) ->
     grammar = CallGrammar(FORMATS[form], marks, by_name)
     assert grammar.takes_answers == (form == "hermes" or by_name)
     if grammar.takes_answers:
-        walk = Walk(tokenizer, grammar.required(TOOLS, False, schema), marks)
+        walk = Walk(tokenizer, grammar.required(ALL, False, schema), marks)
         assert walk.follows('{"b": 1}') and walk.follows("[1]")
         assert not walk.follows("{}") and not walk.follows("hello")
         dice = random.Random(2)
@@ -130,7 +131,7 @@ def hermes(arguments: str, name: str = "look") -> str:
 
 
 def test_free_text_with_strict_calls(tokenizer: Any) -> None:
-    walk = Walk(tokenizer, CallGrammar(FORMATS["hermes"], {}).allowed(TOOLS, frozenset(("look",))), {})
+    walk = Walk(tokenizer, CallGrammar(FORMATS["hermes"], {}).allowed(STRICT), {})
     for text in ("", "hi", "a <tool> <tool_cal", "</tool_call>", f"hi {hermes(LOOKS)}\n{hermes(LOOKS)} so"):
         assert walk.follows(text), text
     assert walk.follows(hermes('{"what": [1]}', 'g\\"é')), "not strict"
@@ -140,17 +141,16 @@ def test_free_text_with_strict_calls(tokenizer: Any) -> None:
 
 
 def test_free_text_with_strict_calls_in_other_forms(tokenizer: Any) -> None:
-    strict = frozenset(("look",))
-    walk = Walk(tokenizer, CallGrammar(FORMATS["llama3"], {}).allowed(TOOLS, strict), {})
+    walk = Walk(tokenizer, CallGrammar(FORMATS["llama3"], {}).allowed(STRICT), {})
     for text in ("", "hi {", f'{{"name": "look", "parameters": {LOOKS}}}'):
         assert walk.follows(text), text
     assert not walk.follows(f'{{"name": "look", "parameters": {BAD}}}') and not walk.follows("{}")
 
     marks = {"[TOOL_CALLS]": 3, "[ARGS]": 4}
-    walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks).allowed(TOOLS, strict), marks)
+    walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks).allowed(STRICT), marks)
     assert walk.follows("hi") and walk.follows("hi", 3, f' [{{"name": "look", "arguments": {LOOKS}}}]')
     assert not walk.follows(3, f'[{{"name": "look", "arguments": {BAD}}}]') and not walk.follows(3, "hi")
-    walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks, True).allowed(TOOLS, strict), marks)
+    walk = Walk(tokenizer, CallGrammar(FORMATS["mistral"], marks, True).allowed(STRICT), marks)
     assert walk.follows("hi") and walk.follows("hi", 3, "look", 4, LOOKS, 3, "look", 4, LOOKS)
     assert walk.special_after("hi") == {0, 3}
     assert not walk.follows(3, "look", 4, BAD) and not walk.follows(3, "other", 4, EMPTY)
