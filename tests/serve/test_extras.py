@@ -112,6 +112,8 @@ def test_an_answer_bears_the_clients_id(client: httpx.Client) -> None:
     assert post(client, request_id="mine-1")["id"] == "cmpl-mine-1"
     assert post(client, CHAT, request_id="mine-1")["id"] == "chatcmpl-mine-1"
     assert post(client)["id"] != post(client)["id"]
+    body = {"prompt": PROMPT, "max_tokens": 2, "request_id": "50%d%%"}
+    assert {chunk["id"] for chunk in stream(client, COMPLETIONS, body)} == {"cmpl-50%d%%"}
 
 
 def test_a_stop_string_may_stay(client: httpx.Client) -> None:
