@@ -92,6 +92,12 @@ class ResponseFormat(_Body, kw_only=True):
     type: str
     json_schema: SchemaFormat | None = None
 
+    def plain(self) -> dict[str, Any]:
+        """As `SamplingParams` takes it. Does not go into the schema, which may be nested too deeply."""
+        given = self.json_schema
+        named = None if given is None else {"name": given.name, "schema": given.schema}
+        return {"type": self.type, "json_schema": named}
+
 
 class GenerationBody(_Body, kw_only=True):
     """What completions and chat completions have in common. null means the default.

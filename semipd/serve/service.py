@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import msgspec
-
 from semipd.core.errors import EngineDead, Refused
 from semipd.serve.chat import ChatTemplate
 from semipd.serve.conversation import ChatMessage, messages_of, texts_of, tools_of
@@ -256,7 +254,7 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         logit_bias=biases_of(body),
         logprobs=logprobs,
         prompt_logprobs=of_prompt,
-        response_format=None if body.response_format is None else msgspec.to_builtins(body.response_format),
+        response_format=None if body.response_format is None else body.response_format.plain(),
         allowed_token_ids=body.allowed_token_ids,
         bad_words=body.bad_words or (),
         service_tier=body.service_tier,

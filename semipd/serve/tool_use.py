@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from semipd.core.errors import Refused
 from semipd.serve.call_grammar import CallGrammar, schemas_of
 from semipd.serve.calls import CallFormat, CallRule, format_of
@@ -62,7 +60,7 @@ class ToolUse:
                 param = "tools" if strict else "tool_choice"
                 raise Refused("this server does not look for calls (--tool-call-parser none)", param)
             return Tools(told)
-        answer = schema_of(msgspec.to_builtins(body.response_format))
+        answer = schema_of(None if body.response_format is None else body.response_format.plain())
         return self._with(self._form, told, choice, answer, strict, body.parallel_tool_calls is False)
 
     def _with(
