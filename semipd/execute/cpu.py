@@ -26,6 +26,7 @@ from semipd.core.types import Batch, Device, Lane, Sampling, Score, Split, StepR
 from semipd.execute import watch
 from semipd.execute.cores import available_cores
 from semipd.execute.launch import ResidentProcess
+from semipd.execute.read_ahead import start_reading
 from semipd.execute.shared import LANES, SharedMemory
 from semipd.execute.wire import Channel, Done, Failed, Forked, Job, Start
 
@@ -211,6 +212,7 @@ class CpuExecutor:
         self._resident = resident or ResidentProcess()
         self._resources.callback(self._resident.close)
         self._events.register(self._resident.channel.fileno(), select.EPOLLIN)
+        start_reading(start.model)
         self._resident.load(start, self._shared.descriptor)
         for number, lane in enumerate(LANES):
             self._adopt(_Worker(lane, number, self._resident.fork(number)))
