@@ -63,7 +63,7 @@ from benchmarks.shapes import SHAPES
 PARTS = ("decode", "prefill", "mixed", "start", "small")
 SHAPE, SMALL_SHAPE = "0.5b", "12m"
 IDLE_SECONDS = 2.0
-SETTLE_SECONDS = 0.5  # vLLM's threads still spin for up to 0.2 s after an answer, on the cores of whoever is next
+SETTLE_SECONDS = 0.5  # vLLM spins for up to 0.2 s after an answer, on the cores of whoever is next
 SMALL_SECONDS = 120.0
 
 
