@@ -68,6 +68,9 @@ class DenseModel:
         self._norm = norm
         self._head = head
         self._frequencies, self._rope_factor = rope_frequencies(spec)
+        turns = self._frequencies, self._rope_factor
+        self._parts = Parts(spec, dtype, embedding, layers, norm, head, *turns)
+        self._compiled = can_step(kernels, self._parts)
         self._heads = Heads(spec.heads, spec.kv_heads, spec.head_dim, spec.norm_eps)
         self._ops: RowOps = CompiledRowOps(kernels, dtype) if kernels else PlainRowOps(dtype)
 
@@ -79,19 +82,9 @@ class DenseModel:
     def decode_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> DecodeStep | None:
         """What computes steps of one-token slices in a few calls (see `DecodeStep`), with the same bits as
         `forward`; None where some layer has no compiled form."""
-        parts = Parts(
-            self.spec,
-            self.dtype,
-            self._embedding,
-            self._layers,
-            self._norm,
-            self._head,
-            self._frequencies,
-            self._rope_factor,
-        )
-        if self._kernels is None or not can_step(self._kernels, parts):
+        if self._kernels is None or not self._compiled:
             return None
-        return DecodeStep(self._kernels, parts, kv, tokens, tables)
+        return DecodeStep(self._kernels, self._parts, kv, tokens, tables)
 
     def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Boundary) -> torch.Tensor:
         """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the
@@ -105,7 +98,7 @@ class DenseModel:
         with torch.inference_mode():
             if not (rows := normed.shape[0]):
                 return torch.empty((0, self.spec.vocabulary), dtype=torch.float32)
-            return self._head(pad_rows(normed, padded_rows(rows, self.dtype)))[:rows].float()
+            return self._head(self._padded(normed))[:rows].float()
 
     def hidden(self, inputs: StepInputs, kv: torch.Tensor, boundary: Boundary) -> torch.Tensor:
         """As `forward`, but returns what the head reads of the rows to sample, in the model's type [n,
@@ -113,7 +106,7 @@ class DenseModel:
         with torch.inference_mode():
             rows, ops, eps = inputs.tokens.shape[0], self._ops, self.spec.norm_eps
             hidden = functional.embedding(inputs.tokens, self._embedding)
-            hidden = pad_rows(hidden, padded_rows(rows, self.dtype))
+            hidden = self._padded(hidden)
             turns = ops.rotations(inputs.positions, self._frequencies, self._rope_factor, inputs.kv_rows)
             plans = {
                 window: plan_attention(inputs.ragged, Pool.of(kv), window, self._kernels)
@@ -155,7 +148,11 @@ class DenseModel:
         return pad_rows(attend(qkv[:, : self.spec.heads], kv, plan), normed.shape[0])
 
     def _sampled(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return pad_rows(x.index_select(0, rows), padded_rows(rows.shape[0], self.dtype))
+        return self._padded(x.index_select(0, rows))
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """x with the rows that oneDNN's linears need; the compiled ones take any number."""
+        return x if self._compiled else pad_rows(x, padded_rows(x.shape[0], self.dtype))
 
 
 def load_model(
