@@ -1,8 +1,9 @@
 """How each engine is started, offline and as a server: interpreters, settings, environment.
 
-An engine's name is "semipd", "semipd-int8", "semipd-int4", "vllm", "vllm-eager", "transformers",
-"transformers-cb" (continuous batching), "llama-bf16", "llama-q8_0" or "llama-q4_0", and "@1" after it means
-one thread instead of one per core.
+An engine's name is "semipd", "semipd-int8" or "semipd-int4" (whose output layer stays in bfloat16),
+"semipd-int8-head" or "semipd-int4-head" (which round it, too, as llama.cpp's files do), "vllm",
+"vllm-eager", "transformers", "transformers-cb" (continuous batching), "llama-bf16", "llama-q8_0" or
+"llama-q4_0", and "@1" after it means one thread instead of one per core.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.peers.checkpoint import write_checkpoint
 from benchmarks.peers.worker import HERE, ROOT, Launch, PeerFailed
 
 NAMES = (
-    *("semipd", "semipd-int8", "semipd-int4", "vllm", "vllm-eager"),
+    *("semipd", "semipd-int8", "semipd-int4", "semipd-int8-head", "semipd-int4-head", "vllm", "vllm-eager"),
     *("transformers", "transformers-cb", "llama-bf16", "llama-q8_0", "llama-q4_0"),
 )
 PEERS = ("vllm", "llama", "transformers")  # those that need an interpreter of their own
@@ -32,6 +33,8 @@ _QUANTIZED: dict[str, dict[str, Any]] = {
     "semipd": {},
     "semipd-int8": {"quantization": "int8"},
     "semipd-int4": {"quantization": "int4"},
+    "semipd-int8-head": {"quantization": "int8", "quantize_head": True},
+    "semipd-int4-head": {"quantization": "int4", "quantize_head": True},
 }
 
 

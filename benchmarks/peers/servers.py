@@ -38,7 +38,8 @@ def server(
     if family == "semipd":
         command = [engines.python(name), "-m", "semipd.cli", "serve", folder, "--log-level", "error"]
         for setting, value in engines.own(name.partition("@")[0]).items():
-            command += [f"--{setting.replace('_', '-')}", str(value)]
+            flag = f"--{setting.replace('_', '-')}"
+            command += [flag] if value is True else [flag, str(value)]
         command += ["--max-model-len", str(length), "--served-model-name", MODEL]
     elif family == "vllm":
         del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
