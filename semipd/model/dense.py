@@ -104,7 +104,7 @@ class DenseModel:
         """As `forward`, but returns what the head reads of the rows to sample, in the model's type [n,
         hidden]."""
         with torch.inference_mode():
-            rows, ops, eps = inputs.tokens.shape[0], self._ops, self.spec.norm_eps
+            ops, eps = self._ops, self.spec.norm_eps
             hidden = functional.embedding(inputs.tokens, self._embedding)
             hidden = self._padded(hidden)
             turns = ops.rotations(inputs.positions, self._frequencies, self._rope_factor, inputs.kv_rows)
