@@ -200,10 +200,11 @@ class Auto:
         if share > 0.95:
             share = 0.95
         rest = 1.0 / (share / step + (1.0 - share) / alone)
+        done = busy / step  # 0 while decode is held: then `step` is infinite
         for size, remaining, allowance, soon in groups:
             last = remaining * step
             if last > busy:
-                last = busy + (last - busy) / step * rest
+                last = busy + (remaining - done) * rest
             total += size * last
             if last > soon:
                 misses += size * _miss(last, allowance)

@@ -224,3 +224,16 @@ def test_decode_takes_everything_back_when_the_prompts_are_done() -> None:
     assert 0.0 < prompt.first_token_at <= prompt.arrival + 0.13
     after = [e.split for e in rig.launches(Lane.DECODE) if e.now > prompt.first_token_at]
     assert len(after) > 20 and all(split.of(Lane.DECODE) == UNITS for split in after)
+
+
+def test_decode_is_held_when_a_prompt_is_in_time_on_the_whole_device_alone() -> None:
+    """The streams have many times the time that they need; beside them the prompt would be late."""
+    alone = Rig(Targets(9.0, 0.5))
+    prompt = alone.add(2000, 1)
+    alone.run()
+    rig = Rig(Targets(1.1 * (prompt.first_token_at - prompt.arrival), 0.5))
+    rig.streams()
+    prompt = rig.add(2000, 1)
+    rig.run()
+    begin, end = prompt.started_at, prompt.first_token_at
+    assert not [event for event in rig.launches(Lane.DECODE) if begin <= event.now < end]
