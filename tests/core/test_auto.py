@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -29,17 +30,20 @@ class Rig:
     """An engine under auto in virtual time. A decode step of 8 takes 2.3 ms on the whole device, a prompt
     of 1,000 takes 101 ms. truth: what steps really take; the model may be wrong about it."""
 
-    def __init__(self, targets: Targets, truth: float = 1.0, model: CostModel | None = None) -> None:
+    def __init__(
+        self, targets: Targets, truth: float = 1.0, model: CostModel | None = None, depth: int = 2
+    ) -> None:
         real = model or FixedCost(UNITS, truth * 1e-3, truth * 1e-4, truth * 1e-6)
         model = model or FixedCost(UNITS, 1e-3, 1e-4, 1e-6)
         self.clock = VirtualClock()
         self.events: list[Event] = []
         work = PromptWork(model, UNITS)
         limits = Limits(UNITS, 2048, batch=64, admission=Aggressive(), order=work.shortest)
-        self.auto = Auto(limits, DEVICE, model, {"default": targets}, work)
+        device = dataclasses.replace(DEVICE, depth=depth)
+        self.auto = Auto(limits, device, model, {"default": targets}, work)
         pool = BlockPool(4000, 16)
         self.engine = Engine(
-            SimExecutor(DEVICE, real, self.clock),
+            SimExecutor(device, real, self.clock),
             self.auto,
             {Lane.PREFILL: pool, Lane.DECODE: pool},
             self.clock,
@@ -231,7 +235,7 @@ def test_decode_is_held_when_a_prompt_is_in_time_on_the_whole_device_alone() -> 
     alone = Rig(Targets(9.0, 0.5))
     prompt = alone.add(2000, 1)
     alone.run()
-    rig = Rig(Targets(1.1 * (prompt.first_token_at - prompt.arrival), 0.5))
+    rig = Rig(Targets(1.1 * (prompt.first_token_at - prompt.arrival), 0.5), depth=1)
     rig.streams()
     prompt = rig.add(2000, 1)
     rig.run()
