@@ -221,9 +221,7 @@ class Engine:
         for request, (_, start, count, sample) in zip(flight.requests, flight.batch.slices, strict=True):
             request.in_flight -= 1
             token = next(tokens) if sample and error is None else None
-            if (
-                request.stage is Stage.FINISHED
-            ):  # while this step ran: drop the result, release when drained
+            if request.stage is Stage.FINISHED:  # ended while this step ran: drop the result
                 self._release(request)
             elif failed and (error is not None or token == NO_TOKEN):
                 self._finish(request, FinishReason.ERROR, error or NOTHING_FOLLOWS)
