@@ -33,12 +33,10 @@ MISS = 40.0  # seconds of latency that one missed target is worth
 MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 FORESEEN = 24  # prompts looked at one by one
 STICK = 0.02  # a way must be this much better, in parts, than the present one
-
+DECODES, PROMPTS = 4.0, 2.0  # levels to an octave of what describes a decode batch, a prefill step
 
 Levels = tuple[int, int]
-Key = tuple[
-    Levels, Levels, Levels
-]  # of the decode batch, of the prefill step, of the cost model's correction
+Key = tuple[Levels, Levels, Levels]  # of the decode batch, of the prefill step, of the correction
 
 
 class Way(NamedTuple):
@@ -176,7 +174,8 @@ class Auto:
         """alone: a decode step without prompts. top: the best rate that does not hold decode. Prompts that
         arrive before the present ones are done wait as well, may be late, and lengthen the busy period as
         in an M/G/1 queue: work / (rate - load). Later ones come as well, so that decode then goes on at the
-        way's mean pace: prompts are there for load / rate of the time."""
+        way's mean pace: prompts are there for load / rate of the time. Runs for every way of every plan:
+        `min` and `max` of two numbers would take as long as the rest."""
         _, _, _, rate, step = way
         prompts, work, bearable, arrivals, load, pressure = queue
         misses = wait = 0.0
@@ -231,14 +230,13 @@ class Auto:
 
     def _table(self, live: Live) -> list[Way]:
         """Ways that can be taken now and that no other one beats in both rate and step. Kept by rounded
-        features (decodes within a fifth, prompts within two), so that the cost model is asked only when the
-        work has changed."""
+        features, so that the cost model is asked only when the work has changed."""
         prefilling, decoding = live.busy(Lane.PREFILL), live.busy(Lane.DECODE)
         context = sum([request.planned for request in live.decoding])
         start, tokens = next_prefill(live, self.limits.prefill_tokens)
         key = (
-            (_level(len(live.decoding), 4.0), _level(context, 4.0)),
-            (_level(start, 2.0), _level(tokens, 2.0)),
+            (_level(len(live.decoding), DECODES), _level(context, DECODES)),
+            (_level(start, PROMPTS), _level(tokens, PROMPTS)),
             self._correction.level,
         )
         table = self._tables.get((key, prefilling, decoding))
@@ -262,8 +260,8 @@ class Auto:
         units, seconds = self._device.units, self._cost.seconds
         slowness = self._correction.slowness
         slow_first, slow_next = slowness[Lane.PREFILL], slowness[Lane.DECODE]
-        start, tokens = _amount(prompts[0], 2.0), max(_amount(prompts[1], 2.0), 16)
-        decode = Work.decode(max(_amount(decodes[0], 4.0), 1), _amount(decodes[1], 4.0))
+        start, tokens = _amount(prompts[0], PROMPTS), max(_amount(prompts[1], PROMPTS), 16)
+        decode = Work.decode(max(_amount(decodes[0], DECODES), 1), _amount(decodes[1], DECODES))
         prompt = Work.of((Slice(0, start, tokens),))
         whole = seconds(prompt, units) * slow_first
         alone = Way(0, units, 0, 0.0, seconds(decode, units) * slow_next)

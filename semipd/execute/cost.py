@@ -21,9 +21,7 @@ from semipd.execute.cost_kernels import StepKernels, dtypes_of
 from semipd.execute.device_file import DeviceFile
 from semipd.model.spec import ModelSpec
 
-_REMEMBERED = (
-    512  # steps, and as many older ones: the same are asked about beside others and on other units
-)
+_REMEMBERED = 512  # steps, and as many older ones: they are asked about again, on other units or in company
 
 
 class _Pieces(NamedTuple):
