@@ -92,6 +92,12 @@ class ModelConfig:
         low=2,
         high=2**24,
     )
+    generation_config: str = _setting(
+        "auto",
+        "sampling defaults (auto: the model's generation_config.json; none: temperature 1, no filters)",
+        "choice",
+        choices=("auto", "none"),
+    )
     seed: int = _setting(
         0, "of dummy weights and of requests without a seed", "integer", low=0, high=2**63 - 1
     )
@@ -191,6 +197,9 @@ class ServerConfig:
     )
     max_queued_tokens: int = _setting(
         2**20, "their prompt tokens; more are refused (429)", "size", low=1, high=2**40
+    )
+    chat_template: str | None = _setting(
+        None, "Jinja file to render conversations with, instead of the model's own", metavar="FILE"
     )
     tool_call_parser: str = _setting(
         "auto",

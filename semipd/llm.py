@@ -105,7 +105,7 @@ class LLM:
         stated = {name.replace("-", "_") for name, value in settings.items() if value is not None}
         if not stated & SCHEDULING and resolved.device == "cpu":
             resolved = for_throughput(resolved)
-        model = read_model_folder(resolved.folder)
+        model = read_model_folder(resolved.folder, resolved.config.model.generation_config == "auto")
         self._start(resolved.config, model, lambda observers: build(resolved, observers))
 
     def _start(self, config: Config, model: ModelFolder, build: Build) -> None:

@@ -146,9 +146,16 @@ class ChatTemplate:
             raise Refused(text, "messages") from None
 
 
-def load_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+def load_chat_template(
+    folder: Path, tokenizer: Tokenizer, file: str | Path | None = None
+) -> ChatTemplate | None:
     """The template in chat_template.jinja or tokenizer_config.json, and the one for tools where that is
-    another; None for a model without one."""
+    another; None for a model without one. file: the template, instead. Raises ConfigError."""
+    if file is not None:
+        source = _read(Path(file).expanduser())
+        if source is None:
+            raise ConfigError(f"--chat-template: there is no file {file}")
+        return ChatTemplate(source, tokenizer)
     named = _named_templates(tokenizer.config)
     source = _read(folder / "chat_template.jinja") or named.get("default")
     with_tools = _read(folder / "additional_chat_templates" / f"{TOOL_USE}.jinja") or named.get(TOOL_USE)

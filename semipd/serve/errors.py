@@ -67,7 +67,7 @@ def install(app: FastAPI) -> None:
     """Answer every error of the app in this form."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return response_of(error)
+        return response_of(_unrouted(request, error) if isinstance(error, HTTPException) else error)
 
     async def nobody_listens(request: Request, error: Exception) -> Response:
         return Response(status_code=400)
@@ -75,6 +75,20 @@ def install(app: FastAPI) -> None:
     for kind in (SemipdError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(ClientDisconnect, nobody_listens)
+
+
+def _unrouted(request: Request, error: HTTPException) -> HTTPException:
+    """The same error, with words that say what was asked for, where no route answers it."""
+    path = request.url.path[:200]
+    match error.status_code:
+        case 404:
+            message = f"there is no {path} here; GET /openapi.json lists what is"
+        case 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"{path} does not take {request.method[:20]}; send {allowed}"
+        case _:
+            return error
+    return HTTPException(error.status_code, message, error.headers)
 
 
 def _describe(error: Exception) -> tuple[int, str, str | None, str | None]:

@@ -35,8 +35,9 @@ class ModelFolder:
     suggestions: tuple[str, ...] = ()
 
 
-def read_model_folder(path: str | Path) -> ModelFolder:
-    """Raises ConfigError, in one line, for a folder that is not one of a model."""
+def read_model_folder(path: str | Path, own_defaults: bool = True) -> ModelFolder:
+    """own_defaults: take sampling defaults from generation_config.json. Raises ConfigError, in one line,
+    for a folder that is not one of a model."""
     folder = Path(path)
     config = read_json(folder / "config.json")
     if config is None:
@@ -50,7 +51,8 @@ def read_model_folder(path: str | Path) -> ModelFolder:
     eos = _ids(generation.get("eos_token_id")) or _ids(text.get("eos_token_id"))
     if len(eos) > MAX_EOS:
         raise ConfigError(f"{folder}: {len(eos)} end-of-sequence ids; at most {MAX_EOS} can be used")
-    return ModelFolder(folder, vocabulary, eos, _defaults(folder, generation), _suggestions(folder))
+    defaults = _defaults(folder, generation) if own_defaults else Defaults()
+    return ModelFolder(folder, vocabulary, eos, defaults, _suggestions(folder))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def run_server(config: Config, engine: EngineProcess) -> int:
     allow_many_connections()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cores belong to the model
     resolved = resolve(config)
-    folder = read_model_folder(resolved.folder)
+    folder = read_model_folder(resolved.folder, config.model.generation_config == "auto")
     listener = _listen(config.server.host, config.server.port)
     found = dataclasses.replace(config.model, model=str(resolved.folder))
     link = ProcessLink(dataclasses.replace(config, model=found), engine)
@@ -61,7 +61,7 @@ def run_server(config: Config, engine: EngineProcess) -> int:
         link.start()  # it loads the model while this process loads the tokenizer
         try:
             tokenizer = Tokenizer(resolved.folder)
-            chat = load_chat_template(resolved.folder, tokenizer)
+            chat = load_chat_template(resolved.folder, tokenizer, config.server.chat_template)
             classes = config.policy.classes or ()
             maker = RequestMaker(folder, config.model.seed, config.cache.prefix_cache, classes, tokenizer)
             limits = Limits.of(config.server)
@@ -128,12 +128,22 @@ class _Server:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         yield f"semipd {package_version()} serves {name} at {url}"
         units = f"{engine.units} {engine.unit_kind}s"
-        yield f"on {engine.device}, {units}, sequences of up to {engine.limit} tokens"
+        yield f"on {engine.device}, {units}, sequences of up to {engine.limit} tokens, {self._scheduling()}"
         key = " -H 'Authorization: Bearer KEY'" if server.api_key is not None else ""
         prompt = next(iter(self._service.model.suggestions), SHOWN_PROMPT)
         body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 32}, ensure_ascii=False)
         what = shlex.quote(body)
         yield f"try: curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {what}"
+
+    def _scheduling(self) -> str:
+        """The policy and its targets, as they were understood."""
+        policy = self._config.policy
+        words = [f"policy {policy.policy}"]
+        if policy.ttft_slo is not None:
+            words.append(f"first token within {policy.ttft_slo * 1000:g} ms")
+        if policy.tpot_slo is not None:
+            words.append(f"then {policy.tpot_slo * 1000:g} ms per token")
+        return ", ".join(words)
 
     async def _drain(self) -> None:
         gate = self._service.gate
@@ -179,5 +189,6 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # Python puts the address behind the system's words, which is said here already.
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting")[0]
         raise ConfigError(f"cannot listen on {host}, port {port}: {reason}") from None

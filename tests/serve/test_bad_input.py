@@ -228,7 +228,8 @@ def test_unknown_models_and_routes(client: httpx.Client) -> None:
     error_of(client.get("/v1/models/gpt-9"), 404)
     for path in ("/", "/v1", "/docs", "/v1/completions/", "/../etc/passwd"):
         error_of(client.get(path), 404)
-    error_of(client.get(COMPLETIONS), 405)
+    assert "POST" in error_of(client.get(COMPLETIONS), 405)["message"]
+    assert "/v1/embeddings" in error_of(client.post("/v1/embeddings"), 404)["message"]
     error_of(client.post("/metrics"), 405)
 
 

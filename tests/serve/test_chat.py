@@ -136,6 +136,11 @@ def test_where_templates_are_found(folder: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(tmp_path)
     assert load() is None
     assert load(chat_template="a") == tokenizer.encode("a")
+    (tmp_path / "mine.jinja").write_text("m")
+    mine = load_chat_template(tmp_path, tokenizer, tmp_path / "mine.jinja")
+    assert mine is not None and mine.encode([]) == tokenizer.encode("m")
+    with pytest.raises(ConfigError, match="no file"):
+        load_chat_template(tmp_path, tokenizer, tmp_path / "other.jinja")
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert load(chat_template=named) == tokenizer.encode("d")
     (tmp_path / "chat_template.jinja").write_text("file")

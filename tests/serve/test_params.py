@@ -94,6 +94,13 @@ def test_a_model_may_have_a_repetition_penalty_of_its_own(tmp_path: Path) -> Non
     assert one(maker, [5], repetition_penalty=1.0).sampling.repetition_penalty == 1.0
 
 
+def test_a_models_defaults_can_be_left_aside(tmp_path: Path) -> None:
+    """But not what ends its sequences."""
+    folder = make_folder(tmp_path, repetition_penalty=1.1, eos_token_id=7)
+    model = read_model_folder(folder, own_defaults=False)
+    assert model.eos == (7,) and one(RequestMaker(model), [5]).sampling.repetition_penalty == 1.0
+
+
 def test_seeds(maker: RequestMaker) -> None:
     """Given ones are kept; left out, they differ from request to request and from choice to choice."""
     assert one(maker, [5], seed=-9).sampling.seed == -9
