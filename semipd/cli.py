@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from semipd.config import Config, Setting, check, from_mapping, sections, settings
 from semipd.core.errors import ConfigError, Refused, SemipdError
+from semipd.foreign_flags import HINTS
 
 EXIT_BAD_INPUT = 2
 MAX_TOKENS = Setting("most new tokens (default 64)", "size", low=1, high=2**31 - 1)
@@ -49,7 +50,9 @@ class _Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         if "unrecognized" in words:
             unknown = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
-            if near := difflib.get_close_matches(unknown, flags, n=1):
+            if "--served-model-name" in flags and unknown in HINTS:
+                message += f"; {HINTS[unknown]}"
+            elif near := difflib.get_close_matches(unknown, flags, n=1):
                 message += f"; did you mean {near[0]}?"
         print(f"{self.prog}: {message}\nTry '{self.prog} --help'.", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)

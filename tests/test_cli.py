@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from semipd.cli import _read_prompts, main
 from semipd.config import Config
+from semipd.foreign_flags import HINTS
 from tests.checkpoints import make_checkpoint
 
 
@@ -72,10 +75,33 @@ def test_a_pool_below_one_sequence(checkpoint: Path, capfd: pytest.CaptureFixtur
         (["serve", "x", "--port", "http"], "--port"),
         (["bench", "serve", "--concurency", "3"], "did you mean --concurrency?"),
         (["fly"], "invalid choice"),
+        (["serve", "x", "--enable-prefix-caching"], "unless you say --no-prefix-cache"),
+        (["serve", "x", "--tensor-parallel-size=2"], "one device"),
+        (["serve", "-m", "x"], "semipd serve MODEL"),
     ],
 )
 def test_typing_mistakes_get_a_hint(words: list[str], hint: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert hint in refusal(capfd, *words)
+
+
+def test_hints_name_flags_that_exist(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    ours = set(re.findall(r"(?<!\S)--?[a-z-]+", capfd.readouterr().out.replace(",", " ")))
+    assert not ours & set(HINTS)
+    for hint in HINTS.values():
+        assert ours.issuperset(re.findall(r"--[a-z-]+", hint)), hint
+
+
+def test_a_hub_that_cannot_be_reached_is_not_a_model_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("Got: ConnectError: no network\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    line = refusal(capfd, "generate", "some/model", "--prompt", "hi")
+    assert "the hub cannot be reached" in line and line.endswith("ConnectError: no network")
 
 
 def test_a_config_file_gives_defaults_that_flags_override(

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "units": {"core"},
     "config": {"core", "units"},
     "flags": {"config", "core"},
+    "foreign_flags": set(),
     "box": set(),
     "model": {"core"},
     "execute": {"core", "lifetime", "model"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "chat": {"core", "flags", "units"},
     "llm": {"build", "config", "core", "serve"},
     "__init__": {"llm", "serve"},
-    "cli": {"", "bench", "chat", "config", "core", "llm", "serve", "start"},
+    "cli": {"", "bench", "chat", "config", "core", "foreign_flags", "llm", "serve", "start"},
 }
 
 

@@ -29,7 +29,7 @@ def default_model() -> Path:
 def _fetch(model: str) -> Path:
     # Imported here: it takes a quarter of a second, and a local folder does not need it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
@@ -38,5 +38,8 @@ def _fetch(model: str) -> Path:
     except HFValidationError:
         raise ConfigError(f"no model folder at {model}, and it is not a hub id") from None
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
+        if isinstance(error, LocalEntryNotFoundError):
+            message = f"no folder {model}; the hub cannot be reached, and its cache has no such model"
+            raise ConfigError(f"{message}: {reason}") from error
         raise ConfigError(f"no folder {model}, and the hub gave no model of that name: {reason}") from error
