@@ -27,10 +27,9 @@ from semipd.core.partition import Lateness, Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
-from semipd.core.urgency import Group, Urgency
+from semipd.core.urgency import MARGIN, Streams, Urgency, miss
 
 MISS = 40.0  # seconds of latency that one missed target is worth
-MARGIN = 0.15  # a prediction this far from its limit, in parts, is as good as certain
 FORESEEN = 24  # prompts looked at one by one
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 DECODES, PROMPTS = 4.0, 2.0  # levels to an octave of what describes a decode batch, a prefill step
@@ -92,7 +91,9 @@ class Auto:
         self._correction = Correction(cost)
         self._ways_of: dict[Key, list[Way]] = {}
         self._tables: dict[tuple[Key, bool, bool], list[Way]] = {}
-        self._urgency = Urgency(targets, MARGIN)
+        self._urgency = Urgency(targets)
+        self._tokens_alone = Way(0, device.units, 0, 0.0, 0.0)
+        self._prompts_alone = Way(device.units, device.units, 0, 1.0, 0.0)
         self._present: tuple[int, ...] | None = None  # the way chosen last
         self._held = (0, 0)  # units of the last plan
         self._ways((9, 9), (4, 4))  # the cost model tabulates each number of units at its first use
@@ -107,16 +108,15 @@ class Auto:
             self._lateness(event)
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
-        units = self._device.units
-        self._work.step_left = self._correction.step_left(Lane.PREFILL, now)
         order = self.limits.order_at(now)
+        self._work.step_left = self._correction.step_left(Lane.PREFILL, now)
         prompts = self._prompts(live, order, now)
         if not prompts and not live.busy(Lane.PREFILL):
-            way = Way(0, units, 0, 0.0, 0.0)
+            way = self._tokens_alone
         elif not live.decoding:
-            way = Way(units, units, 0, 1.0, 0.0)
+            way = self._prompts_alone
         else:
-            way = self._choose(live, prompts, self._urgency.groups(live, now))
+            way = self._choose(live, prompts, self._urgency.streams(live, now))
         return self._launch(way, idle, live, kv, order)
 
     def _launch(
@@ -135,7 +135,7 @@ class Auto:
             slices[Lane.PREFILL] = prefill_slices(
                 live, kv[Lane.PREFILL], Lane.PREFILL, limits.prefill_tokens, limits.admission, order=order
             )
-        if live.decoding and not live.in_flight and not any(slices.values()):
+        if not any(slices.values()) and live.decoding and not live.in_flight:
             # Decode was to be held for prompts that cannot enter yet.
             slices[Lane.DECODE] = decode_slices(live, kv[Lane.DECODE], limits.batch)
         prefill = bool(slices.get(Lane.PREFILL)) or live.busy(Lane.PREFILL)
@@ -146,7 +146,7 @@ class Auto:
         self._held = (split.of(Lane.PREFILL), split.of(Lane.DECODE))
         return Plan(split, slices)
 
-    def _choose(self, live: Live, prompts: list[Prompt], groups: list[Group]) -> Way:
+    def _choose(self, live: Live, prompts: list[Prompt], streams: Streams) -> Way:
         table = self._table(live)
         queue = Queue(
             prompts,
@@ -156,58 +156,67 @@ class Auto:
             self._work.load,
             self._lateness.pressure,
         )
-        present, held, alone = self._present, self._held, table[-1].step
+        present, (before, beside) = self._present, self._held
         switch = self._device.switch_seconds * len(live)
         best, least = table[0], math.inf
-        top = max([way.rate for way in table if way.step < math.inf])
-        for way in table:
-            score = self._score(way, queue, groups, alone, top)
-            score += switch * ((way[:2] != held) + (way.prefill > 0))  # now, and back to decode alone
-            if way[:3] == present:
+        for way, score in zip(table, self._scores(table, queue, streams), strict=True):
+            prefill, decode, chunk, _, _ = way
+            score += switch * ((prefill != before or decode != beside) + (prefill > 0))  # now, and back
+            if (prefill, decode, chunk) == present:
                 score -= STICK * abs(score)
             if score < least:
                 best, least = way, score
         self._present = best[:3]
         return best
 
-    def _score(self, way: Way, queue: Queue, groups: list[Group], alone: float, top: float) -> float:
-        """alone: a decode step without prompts. top: the best rate that does not hold decode. Prompts that
-        arrive before the present ones are done wait as well, may be late, and lengthen the busy period as
-        in an M/G/1 queue: work / (rate - load). Later ones come as well, so that decode then goes on at the
-        way's mean pace: prompts are there for load / rate of the time. Runs for every way of every plan:
-        `min` and `max` of two numbers would take as long as the rest."""
-        _, _, _, rate, step = way
+    def _scores(self, table: list[Way], queue: Queue, streams: Streams) -> list[float]:
+        """Of every way. Prompts that arrive before the present ones are done wait as well, may be late
+        (M/M/1), and lengthen the busy period as in an M/G/1 queue: work / (rate - load). Later ones come
+        as well, so that decode goes on at a mean pace: prompts are there for load / rate of the time. Runs
+        at every plan: `min` and `max` of two numbers would take as long as the rest."""
         prompts, work, bearable, arrivals, load, pressure = queue
-        misses = wait = 0.0
-        if not rate:
-            wait = step * max([group.remaining for group in groups])  # until the streams have ended
-            rate = top
-        slowness, kept = 1.0 / rate, (rate if rate < top else top)
-        if wait or slowness > bearable:
-            for first, left, soon in prompts:
-                if (first := wait + first * slowness) > soon:
-                    misses += _miss(first, left)
+        groups, size, tokens, shortest, longest, pace = streams
         backlog = prompts[-1].work if prompts else 0.0
-        spare = kept - load
-        busy = wait + backlog / (spare if spare > 0.05 * kept else 0.05 * kept)
-        found = arrivals * busy  # arrive meanwhile, and find half of what is waiting now
-        behind = 0.5 * (wait + backlog * slowness)
-        total = len(prompts) * wait + work * slowness + found * behind
-        if pressure:
-            misses += pressure * found * self._work.tail(self._soon - behind, kept)
-        share = load / kept
-        if share > 0.95:
-            share = 0.95
-        rest = 1.0 / (share / step + (1.0 - share) / alone)
-        done = busy / step  # 0 while decode is held: then `step` is infinite
-        for size, remaining, allowance, soon in groups:
-            last = remaining * step
-            if last > busy:
-                last = busy + (remaining - done) * rest
-            total += size * last
-            if last > soon:
-                misses += size * _miss(last, allowance)
-        return total + MISS * misses
+        mean = load / arrivals if arrivals else math.inf
+        alone = table[-1].step  # a decode step without prompts
+        top = max([way.rate for way in table if way.step < math.inf])  # the best that does not hold decode
+        scores = []
+        for _, _, _, rate, step in table:
+            misses = wait = 0.0
+            if not rate:
+                wait = step * longest  # until the streams have ended
+                rate = top
+            slowness, kept = 1.0 / rate, (rate if rate < top else top)
+            if wait or slowness > bearable:
+                for first, left, soon in prompts:
+                    if (first := wait + first * slowness) > soon:
+                        misses += miss(first, left)
+            spare, share = kept - load, load / kept
+            if share > 0.95:
+                spare, share = 0.05 * kept, 0.95
+            busy = wait + backlog / spare
+            found = arrivals * busy  # arrive meanwhile, and find half of what is waiting now
+            behind = 0.5 * (wait + backlog * slowness)
+            total = len(prompts) * wait + work * slowness + found * behind
+            if pressure:
+                left = (self._soon - behind) * kept / mean - 1.0
+                misses += pressure * found * share * (math.exp(-spare / kept * left) if left > 0.0 else 1.0)
+            rest = 1.0 / (share / step + (1.0 - share) / alone)
+            done = busy / step  # 0 while decode is held: then `step` is infinite
+            if step > pace or shortest < done < longest:
+                for count, remaining, allowance, soon in groups:
+                    last = remaining * step
+                    if last > busy:
+                        last = busy + (remaining - done) * rest
+                    total += count * last
+                    if last > soon:
+                        misses += count * miss(last, allowance)
+            elif done <= shortest:  # none is late, so that all groups are as one: all end after it
+                total += size * busy + (tokens - size * done) * rest
+            else:  # or before
+                total += tokens * step
+            scores.append(total + MISS * misses)
+        return scores
 
     def _prompts(self, live: Live, order: Order | None, now: float) -> list[Prompt]:
         """In the order in which they run, each with what is before it."""
@@ -287,8 +296,3 @@ def _level(amount: int, fineness: float) -> int:
 def _amount(level: int, fineness: float) -> int:
     """In the middle of the level."""
     return round(math.exp2(level / fineness)) - 4
-
-
-def _miss(seconds: float, limit: float) -> float:
-    """Chance that what is predicted to take `seconds` misses `limit`: a ramp; 0 when it is lost already."""
-    return min(max((seconds / limit - 1.0) / (2.0 * MARGIN) + 0.5, 0.0), 1.0) if limit > 0.0 else 0.0

@@ -21,23 +21,23 @@ def decode_slices(live: Live, kv: KVManager, limit: int) -> list[Slice]:
     When the pool is short, first the lane drains (an empty list is returned while a step is in flight),
     so that nobody is pinned by a step planned ahead; then the youngest holders are preempted.
     """
-    slices: list[Slice] = []
+    rows: list[tuple[int, int, int, bool]] = []
     block_size = kv.block_size
     for request in list(live.decoding):
         position = request.planned
-        if position >= len(request.prompt) + request.max_tokens - 1 or request.slot < 0:
+        if position >= request.end or request.slot < 0:
             continue  # its last step is in flight, or it was preempted for an older one just now
         if position >= len(request.blocks) * block_size and not kv.reserve(request, position + 1):
             if live.busy(Lane.DECODE):
                 return []
             if not _make_room(live, kv, request, position + 1):
                 continue
-        slices.append(_new(Slice, (request.slot, position, 1, True)))
-        if len(slices) == limit:
+        rows.append((request.slot, position, 1, True))
+        if len(rows) == limit:
             break
     if live.preempted:
-        slices = [piece for piece in slices if piece.slot in live.by_slot]
-    return slices
+        rows = [row for row in rows if row[0] in live.by_slot]
+    return list(map(_new, itertools.repeat(Slice), rows))
 
 
 def next_prefill(live: Live, most: int) -> tuple[int, int]:

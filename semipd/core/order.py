@@ -38,17 +38,6 @@ class PromptWork:
         self.slowness = self.step_left = 1.0
         self.arrivals = self.load = 0.0
 
-    def tail(self, seconds: float, rate: float) -> float:
-        """Chance that a prompt yet to come waits longer than that for its first token when prompts are
-        worked off at `rate`, as in an M/M/1 queue: load / rate * exp(-(rate - load) * seconds / mean work).
-        Not by the second moment of the work: the shortest go first, so few wait for the longest."""
-        load = self.load
-        if load <= 0.0:
-            return 0.0
-        mean = load / self.arrivals
-        left = max(seconds - mean / rate, 0.0)
-        return min(load / rate, 1.0) * math.exp(-max(rate - load, 0.05 * rate) * left / mean)
-
     def seconds(self, request: Request) -> float:
         """Prefill seconds that the request still needs on the whole device."""
         known, whole = request.known, self._whole.get(request)

@@ -9,6 +9,7 @@ write the keys and values of p into the KV cache, and (when sampled) write the t
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -99,6 +100,10 @@ class Request:
     first_token_at: float = -1.0
     last_token_at: float = -1.0
     finish_reason: FinishReason | None = None
+    end: int = field(init=False)  # positions that will be computed: of all tokens but the last
+
+    def __post_init__(self) -> None:
+        self.end = len(self.prompt) + self.max_tokens - 1
 
     @property
     def known(self) -> int:
@@ -191,10 +196,12 @@ class Split:
         return self.units.get(lane, 0)
 
     @staticmethod
+    @functools.cache  # made for every plan, of few kinds
     def pair(prefill: int, decode: int, total: int) -> Split:
         return Split({Lane.PREFILL: prefill, Lane.DECODE: decode}, total)
 
     @staticmethod
+    @functools.cache
     def lone(lane: Lane, total: int) -> Split:
         """The whole device for one lane: what a phase gets when the other has nothing to do."""
         return Split({Lane.PREFILL: 0, Lane.DECODE: 0, lane: total}, total)

@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 import math
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.core.admission import Aggressive
-from semipd.core.auto import Auto
+from semipd.core.auto import MISS, Auto, Prompt, Queue, Way
 from semipd.core.engine import Engine
 from semipd.core.kv import BlockPool
 from semipd.core.order import PromptWork
@@ -20,6 +21,7 @@ from semipd.core.partition import Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel
 from semipd.core.types import Device, Event, Lane, Launched, Request, Sampling, Stepped, Switched, Work
+from semipd.core.urgency import Group, Streams
 from semipd.execute.sim import FixedCost, SimExecutor, VirtualClock
 
 UNITS = 16
@@ -241,3 +243,44 @@ def test_decode_is_held_when_a_prompt_is_in_time_on_the_whole_device_alone() -> 
     rig.run()
     begin, end = prompt.started_at, prompt.first_token_at
     assert not [event for event in rig.launches(Lane.DECODE) if begin <= event.now < end]
+
+
+def scores(*ways: Way, streams: Streams, pressure: float = 0.0, load: float = 0.6) -> list[float]:
+    """Of ways for one prompt of 0.2 s that cannot be late, while 6 prompts a second arrive."""
+    prompts = [Prompt(0.2, math.inf, math.inf)]
+    auto = Rig(Targets(0.5 / 0.85, 1.0)).auto
+    return auto._scores(list(ways), Queue(prompts, 0.2, math.inf, 6.0, load, pressure), streams)
+
+
+def test_the_chance_that_a_later_prompt_is_late() -> None:
+    """Monte-Carlo of an M/M/1 queue: exponential work, Poisson arrivals, first in first out."""
+    rng, rate = Random(7), 0.9
+    behind = 0.5 * 0.2 / rate  # work that is there when they come
+    waited, late, count = 0.0, 0, 60_000
+    for _ in range(count):
+        late += waited > 0.5 - behind - 0.1 / rate
+        waited = max(waited + rng.expovariate(10.0) / rate - rng.expovariate(6.0), 0.0)
+    calm, pressed = (
+        scores(
+            Way(8, 8, 0, rate, 0.01), streams=Streams([], 0, 0.0, math.inf, 0.0, 1.0), pressure=pressure
+        )[0]
+        for pressure in (0.0, 1.0)
+    )
+    come = 6.0 * 0.2 / (rate - 0.6)
+    assert (pressed - calm) / MISS == pytest.approx(come * late / count, rel=0.1)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(1, 2000)), min_size=1, max_size=4),
+    st.floats(0.001, 0.5),
+)
+def test_groups_that_nobody_of_is_late_count_as_one(sizes: list[tuple[int, float]], step: float) -> None:
+    """The short way and the long one, which targets that cannot be missed force, say the same."""
+    groups = [Group(size, remaining, 1e9, 1e9) for size, remaining in sizes]
+    size, tokens = sum(size for size, _ in sizes), sum(size * remaining for size, remaining in sizes)
+    shortest, longest = (choose(remaining for _, remaining in sizes) for choose in (min, max))
+    ways = Way(8, 8, 0, 0.9, step), Way(0, 16, 0, 0.0, 0.001)
+    short, long = (
+        scores(*ways, streams=Streams(groups, size, tokens, shortest, longest, pace)) for pace in (1e6, 0.0)
+    )
+    assert short == pytest.approx(long)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import pytest
 
 from semipd.build import make_policy
@@ -95,21 +93,6 @@ def test_shortest_needs_something_to_predict_with() -> None:
     assert make_policy(PolicyConfig(policy="chunked", prompt_order="fcfs"), DEVICE)
     with pytest.raises(ConfigError, match="prompt-order"):
         from_mapping({"prompt-order": "longest"})
-
-
-def test_the_chance_that_a_later_prompt_is_late() -> None:
-    """Monte-Carlo of an M/M/1 queue: exponential work, Poisson arrivals, first in first out."""
-    work = PromptWork(MODEL, UNITS)
-    assert work.tail(0.1, 1.0) == 0.0  # nothing arrives
-    work.arrivals, work.load = 6.0, 0.6  # prompts of 0.1 s on average
-    rng, rate, limit = Random(7), 0.9, 0.5
-    waited, late, count = 0.0, 0, 60_000
-    for _ in range(count):
-        late += waited > limit - 0.1 / rate
-        waited = max(waited + rng.expovariate(10.0) / rate - rng.expovariate(6.0), 0.0)
-    assert work.tail(limit, rate) == pytest.approx(late / count, rel=0.1)
-    chances = [work.tail(limit, rate) for rate in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
-    assert chances == sorted(chances, reverse=True) and chances[0] <= 1.0
 
 
 @pytest.mark.parametrize("seconds", [2.0, 60.0])
