@@ -44,6 +44,17 @@ typedef struct {
     float scale;
 } DecodePlan;
 
+/* One slice of a step: positions first_position .. + count - 1, whose queries begin at row `row`. window: positions
+   that a query sees, 0 for all. packed: room for kv_heads * 2 * padded * head_dim elements, where `padded` covers the
+   positions from `base` (a multiple of PART) to the end, rounded up to 32. */
+typedef struct {
+    int64_t kv_heads, heads, head_dim, block_size, value_offset, query_stride;
+    int64_t row, first_position, count, window, base, padded;
+    const int32_t *table;
+    uint16_t *packed;
+    float scale;
+} PrefillPlan;
+
 /* out = x / rms(x) * weight; with delta, x += delta first. */
 typedef void NormRow(void *x, const void *delta, const void *weight, void *out, int64_t width, float eps);
 

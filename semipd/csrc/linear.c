@@ -59,7 +59,7 @@ void linear_in_team(const Linear *linear, const void *x, int64_t x_stride, int64
     size_t element = element_size(linear->kind == HALVES);
     int tiles = linear->kind == HALVES && linear->level >= AMX;
     if (tiles) begin_tiles();
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(static) collapse(2) nowait
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t g = 0; g < groups; g++) {
             int64_t row = block * each, count = rows - row < each ? rows - row : each;

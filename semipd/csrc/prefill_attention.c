@@ -11,19 +11,9 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "team.h"
 
-enum { ROWS = 32, KEYS = 256, MOST_DIM = 256, HEADS = 8, TILE = 512 }; /* HEADS: at once; TILE: elements of a tile */
-
-/* One slice: positions first_position .. + count - 1, whose queries begin at row `row`. window: positions that a
-   query sees, 0 for all. packed: room for kv_heads * 2 * padded * head_dim elements, where `padded` covers the
-   positions from `base` (a multiple of KEYS) to the end, rounded up to 32. */
-typedef struct {
-    int64_t kv_heads, heads, head_dim, block_size, value_offset, query_stride;
-    int64_t row, first_position, count, window, base, padded;
-    const int32_t *table;
-    uint16_t *packed;
-    float scale;
-} PrefillPlan;
+enum { ROWS = 32, KEYS = PART, MOST_DIM = 256, HEADS = 8, TILE = 512 }; /* HEADS: at once; TILE: elements of a tile */
 
 #if HERE
 /* Keys as [padded / 32, head_dim / 32, 2 tiles, 16 pairs of elements, 16 keys, 2] and values as [padded / 32,
@@ -220,35 +210,35 @@ static void attend_32(const PrefillPlan *plan, const uint16_t *query, int64_t he
 
 /* How many parts a group of heads is cut into, so that every thread gets several pieces of work. */
 static int64_t parts_of(int64_t group, int64_t others) {
-    int64_t parts = (group + HEADS - 1) / HEADS, wanted = (4 * omp_get_max_threads() + others - 1) / others;
+    int64_t parts = (group + HEADS - 1) / HEADS, wanted = (4 * omp_get_num_threads() + others - 1) / others;
     return wanted < parts ? parts : wanted < group ? wanted : group;
 }
 
-/* Needs AMX. query: rows of heads * head_dim elements, `query_stride` apart; layer: of the pool, holding the
-   slice's own keys and values; out: [rows, heads * head_dim]. */
-EXPORT void semipd_prefill_attention(const PrefillPlan *plan, const uint16_t *query, const uint16_t *layer,
-                                     uint16_t *out) {
+void prefill_in_team(const PrefillPlan *plan, const void *query, const void *layer, void *out) {
     int64_t blocks = plan->padded / 32, tiles = (plan->count + ROWS - 1) / ROWS, group = plan->heads / plan->kv_heads;
     int64_t parts = parts_of(group, tiles * plan->kv_heads), each = plan->kv_heads * parts;
-#pragma omp parallel
-    {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < blocks * plan->kv_heads; i++) pack_32(plan, layer, i / blocks, i % blocks);
-        begin_tiles();
-        /* Later rows see more keys: longest first, so that threads end together. */
+    for (int64_t i = 0; i < blocks * plan->kv_heads; i++) pack_32(plan, layer, i / blocks, i % blocks);
+    begin_tiles();
+    /* Later rows see more keys: longest first, so that threads end together. */
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < tiles * each; i++) {
-            int64_t part = i % parts, from = part * group / parts, to = (part + 1) * group / parts;
-            attend_32(plan, query, i / parts % plan->kv_heads * group + from, to - from,
-                      (tiles - 1 - i / each) * ROWS, out);
-        }
-        end_tiles();
+    for (int64_t i = 0; i < tiles * each; i++) {
+        int64_t part = i % parts, from = part * group / parts, to = (part + 1) * group / parts;
+        attend_32(plan, query, i / parts % plan->kv_heads * group + from, to - from, (tiles - 1 - i / each) * ROWS,
+                  out);
     }
+    end_tiles();
 }
 #else
-EXPORT void semipd_prefill_attention(const PrefillPlan *plan, const uint16_t *query, const uint16_t *layer,
-                                     uint16_t *out) {
+void prefill_in_team(const PrefillPlan *plan, const void *query, const void *layer, void *out) {
     (void)plan, (void)query, (void)layer, (void)out;
     __builtin_trap();
 }
 #endif
+
+/* Needs AMX. query: rows of heads * head_dim elements, `query_stride` apart; layer: of the pool, holding the
+   slice's own keys and values; out: [rows, heads * head_dim]. */
+EXPORT void semipd_prefill_attention(const PrefillPlan *plan, const void *query, const void *layer, void *out) {
+#pragma omp parallel
+    prefill_in_team(plan, query, layer, out);
+}

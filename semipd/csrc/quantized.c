@@ -39,7 +39,7 @@ void quantized_in_team(const Quantized *q, const uint16_t *x, int64_t x_stride, 
                      scale + row * groups, sum + row * groups);
     int tiles = q->outline.level >= AMX && !few;
     if (tiles) begin_tiles();
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(static) collapse(2) nowait
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t t = 0; t < threads; t++) {
             int64_t row = block * each, end = row + each < rows ? row + each : rows;

@@ -20,7 +20,7 @@ void rotate_in_team(const Rotation *rotation, void *qkv, void *layer) {
     RotateRow *rotate = kernels_of(rotation->level)->rotate_row[rotation->half];
     int64_t width = (rotation->heads + 2 * rotation->kv_heads) * rotation->dim, middle = rotation->dim / 2;
     size_t bytes = width * element_size(rotation->half);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rotation->rows; row++)
         rotate(rotation, row, (char *)qkv + row * bytes, rotation->cosine + row * middle,
                rotation->sine + row * middle, layer);

@@ -1,6 +1,6 @@
-/* A whole step of one-token slices, a row each: embedding, layers, head and the best token of every row. The
-   calls of one step share the buffers of `Step`, and their work is what the single kernels do, so a row has
-   the same bits as through them. */
+/* A whole step: embedding, layers, head and the best token of every row that one is wanted of. The calls of one
+   step share the buffers of `Step`, and their work is what the single kernels do, so a row has the same bits as
+   through them. */
 
 #include "kernels.h"
 #include "simd.h"
@@ -25,18 +25,25 @@ typedef struct {
     float eps, scale;
 } Model;
 
-/* Row r computes position positions[r] of slot slots[r]; tokens and tables are indexed by slot. The rest are
-   buffers for so many rows: hidden, normed, delta [rows, hidden], qkv [rows, (heads + 2 * kv_heads) * head_dim],
-   mixed [rows, heads * head_dim], activated [rows, intermediate], logits [rows, vocabulary], where, cosine, sine
-   (see Rotation), items and attention (see DecodePlan), quantized (the most that a quantised layer needs, or
-   NULL). best and value: [rows], the results. */
+/* Compute positions first .. first + count - 1 of a slot; wanted: and the token that follows them. More than one
+   position needs AMX and bfloat16. */
 typedef struct {
-    int64_t rows;
-    const int64_t *slots, *positions;
+    int64_t slot, first, count, wanted;
+} Slice;
+
+/* The slices' positions are the step's rows, one slice after another; `sampled` slices want a token. tokens and
+   tables are indexed by slot. The rest are buffers for so many rows: hidden, normed, delta [rows, hidden],
+   qkv [rows, (heads + 2 * kv_heads) * head_dim], mixed [rows, heads * head_dim], activated [rows, intermediate],
+   logits [sampled, vocabulary], positions [rows], where, cosine, sine (see Rotation), items and attention (see
+   DecodePlan), packed (the most that a slice of PrefillPlan needs), quantized (the most that a quantised layer
+   needs, or NULL). best and value: [sampled], the results. */
+typedef struct {
+    int64_t rows, sampled, count;
+    const Slice *slices;
     const int32_t *tokens, *tables;
     int64_t token_stride, table_stride;
-    void *hidden, *normed, *delta, *qkv, *mixed, *activated, *logits, *quantized;
-    int64_t *where;
+    void *hidden, *normed, *delta, *qkv, *mixed, *activated, *logits, *quantized, *packed;
+    int64_t *positions, *where;
     float *cosine, *sine;
     DecodeItem *items;
     float *attention;
@@ -47,91 +54,147 @@ typedef struct {
 EXPORT void semipd_angles(const int64_t *positions, int64_t rows, const float *frequencies, int64_t pairs,
                           double factor, float *cosine, float *sine);
 
-/* Rows of a layer (seen as rows of head_dim) that keep the keys and values of this step's positions. */
-static void find_places(const Model *model, const Step *step) {
-    int64_t *where = step->where, heads = model->kv_heads;
-    for (int64_t row = 0; row < step->rows; row++) {
-        int64_t position = step->positions[row], offset = position % model->block_size;
-        const int32_t *table = step->tables + step->slots[row] * step->table_stride;
-        int64_t block = table[position / model->block_size];
-        for (int half = 0; half < 2; half++)
-            for (int64_t head = 0; head < heads; head++)
-                *where++ = ((half * model->blocks + block) * heads + head) * model->block_size + offset;
-    }
+/* Rows of a layer (seen as rows of head_dim) that keep the keys and values of a position; `where` after them. */
+static int64_t *find_places(const Model *model, const int32_t *table, int64_t position, int64_t *where) {
+    int64_t offset = position % model->block_size, block = table[position / model->block_size];
+    for (int half = 0; half < 2; half++)
+        for (int64_t head = 0; head < model->kv_heads; head++)
+            *where++ = ((half * model->blocks + block) * model->kv_heads + head) * model->block_size + offset;
+    return where;
 }
 
-/* Look tokens up, and work out what every layer uses. Returns -1, or the first row whose token is not in the
-   vocabulary; then nothing was written that matters. */
-EXPORT int64_t semipd_step_begin(const Model *model, const Step *step) {
+/* Look tokens up, and work out what every layer uses. Returns whether all tokens are in the vocabulary; where not,
+   nothing was written that matters. */
+EXPORT int semipd_step_begin(const Model *model, const Step *step) {
     size_t bytes = model->hidden * element_size(model->half);
-    for (int64_t row = 0; row < step->rows; row++) {
-        int64_t token = step->tokens[step->slots[row] * step->token_stride + step->positions[row]];
-        if (token < 0 || token >= model->vocabulary) return row;
-        memcpy((char *)step->hidden + row * bytes, (const char *)model->embedding + token * bytes, bytes);
+    int64_t *where = step->where, *to = step->positions;
+    char *hidden = step->hidden;
+    for (const Slice *slice = step->slices; slice < step->slices + step->count; slice++) {
+        const int32_t *tokens = step->tokens + slice->slot * step->token_stride;
+        const int32_t *table = step->tables + slice->slot * step->table_stride;
+        for (int64_t i = 0; i < slice->count; i++, hidden += bytes) {
+            int64_t position = *to++ = slice->first + i, token = tokens[position];
+            if (token < 0 || token >= model->vocabulary) return 0;
+            memcpy(hidden, (const char *)model->embedding + token * bytes, bytes);
+            where = find_places(model, table, position, where);
+        }
     }
-    find_places(model, step);
     semipd_angles(step->positions, step->rows, model->frequencies, model->head_dim / 2, model->rope_factor,
                   step->cosine, step->sine);
-    norm_in_team(model->level, model->half, step->hidden, NULL, model->layer[0].attention_norm, step->normed,
-                 step->rows, model->hidden, model->eps);
-    return -1;
+    return 1;
 }
 
-/* Cut every row's context into items; returns how many. */
+/* Cut the contexts of single positions into items; returns how many. */
 static int64_t cut(const Model *model, const Step *step, int64_t window) {
     DecodeItem *item = step->items;
-    for (int64_t row = 0; row < step->rows; row++) {
-        int64_t end = step->positions[row] + 1, low = window && end > window ? end - window : 0;
+    int64_t row = 0;
+    for (const Slice *slice = step->slices; slice < step->slices + step->count; row += slice++->count) {
+        if (slice->count > 1) continue;
+        int64_t end = slice->first + 1, low = window && end > window ? end - window : 0;
         for (int64_t head = 0; head < model->kv_heads; head++)
             for (int64_t part = low / PART; part * PART < end; part++) {
                 int64_t first = part * PART > low ? part * PART : low;
                 int64_t last = (part + 1) * PART < end ? (part + 1) * PART : end;
-                *item++ = (DecodeItem){row, step->slots[row], head, first, last, part - low / PART};
+                *item++ = (DecodeItem){row, slice->slot, head, first, last, part - low / PART};
             }
     }
     return item - step->items;
 }
 
-static void layer_in_team(const Model *model, const Step *step, int64_t index, int64_t items) {
-    const Layer *layer = model->layer + index;
-    int64_t rows = step->rows, width = model->hidden, queries = model->heads * model->head_dim;
-    int64_t all = queries + 2 * model->kv_heads * model->head_dim;
-    int64_t half_pool = model->blocks * model->kv_heads * model->block_size * model->head_dim;
-    char *pool = (char *)model->pool + index * 2 * half_pool * element_size(model->half);
-    int level = model->level, half = model->half;
-    Rotation rotation = {level, half, rows, model->heads, model->kv_heads, model->head_dim, step->where, step->cosine,
-                         step->sine, layer->query_norm, layer->key_norm, model->eps};
-    DecodePlan plan = {level, half, model->kv_heads, model->heads / model->kv_heads, model->heads, model->head_dim,
-                       model->block_size, half_pool, all, step->tables, step->table_stride, step->items, items,
-                       step->attention, model->scale};
-    linear_in_team(layer->qkv, step->normed, width, rows, step->qkv, all, step->quantized);
-    rotate_in_team(&rotation, step->qkv, pool);
-    attend_in_team(&plan, step->qkv, pool, step->mixed);
-    linear_in_team(layer->output, step->mixed, queries, rows, step->delta, width, step->quantized);
-    norm_in_team(level, half, step->hidden, step->delta, layer->mlp_norm, step->normed, rows, width, model->eps);
-    linear_in_team(layer->gate_up, step->normed, width, rows, step->activated, model->intermediate, step->quantized);
-    linear_in_team(layer->down, step->activated, model->intermediate, rows, step->delta, width, step->quantized);
-    const void *following = index + 1 < model->layers ? layer[1].attention_norm : model->norm;
-    norm_in_team(level, half, step->hidden, step->delta, following, step->normed, rows, width, model->eps);
+/* Norms may add what the layer before left in `delta`. */
+static void norm(const Model *model, const Step *step, int64_t rows, const void *delta, const void *weight) {
+    norm_in_team(model->level, model->half, step->hidden, delta, weight, step->normed, rows, model->hidden, model->eps);
 }
 
-/* The layers from `first` on, in one region of as many threads as OpenMP is set to now: all, or until the word
-   `watched`, looked at after every layer, no longer holds `seen`; a single one where there is no such word.
-   Returns the layer to go on with. */
+static void project(const Model *model, const Step *step, const Layer *layer, void *pool) {
+    int64_t all = (model->heads + 2 * model->kv_heads) * model->head_dim;
+    Rotation rotation = {model->level, model->half, step->rows, model->heads, model->kv_heads, model->head_dim,
+                         step->where, step->cosine, step->sine, layer->query_norm, layer->key_norm, model->eps};
+    norm(model, step, step->rows, layer == model->layer ? NULL : step->delta, layer->attention_norm);
+    linear_in_team(layer->qkv, step->normed, model->hidden, step->rows, step->qkv, all, step->quantized);
+#pragma omp barrier
+    rotate_in_team(&rotation, step->qkv, pool);
+}
+
+static void attend(const Model *model, const Step *step, const Layer *layer, const void *pool, int64_t items) {
+    int64_t all = (model->heads + 2 * model->kv_heads) * model->head_dim, row = 0;
+    int64_t half_pool = model->blocks * model->kv_heads * model->block_size * model->head_dim;
+    DecodePlan plan = {model->level, model->half, model->kv_heads, model->heads / model->kv_heads, model->heads,
+                       model->head_dim, model->block_size, half_pool, all, step->tables, step->table_stride,
+                       step->items, items, step->attention, model->scale};
+    if (items) attend_in_team(&plan, step->qkv, pool, step->mixed);
+    for (const Slice *slice = step->slices; slice < step->slices + step->count; row += slice++->count) {
+        if (slice->count == 1) continue;
+        int64_t low = layer->window && slice->first >= layer->window ? slice->first - layer->window + 1 : 0;
+        int64_t base = low / PART * PART, padded = ROUND_UP(slice->first + slice->count - base, 32);
+        PrefillPlan longer = {model->kv_heads, model->heads, model->head_dim, model->block_size, half_pool, all, row,
+                              slice->first, slice->count, layer->window, base, padded,
+                              step->tables + slice->slot * step->table_stride, step->packed, model->scale};
+        prefill_in_team(&longer, step->qkv, pool, step->mixed);
+    }
+}
+
+/* After the last attention only the rows matter that a token is wanted of: the last of some slices. */
+static void keep_wanted(const Model *model, const Step *step) {
+    size_t element = element_size(model->half), hidden = model->hidden * element;
+    size_t mixed = model->heads * model->head_dim * element;
+    int64_t from = -1, to = 0;
+#pragma omp single
+    for (const Slice *slice = step->slices; slice < step->slices + step->count; slice++) {
+        from += slice->count;
+        if (!slice->wanted || to++ == from) continue;
+        memcpy((char *)step->hidden + (to - 1) * hidden, (char *)step->hidden + from * hidden, hidden);
+        memcpy((char *)step->mixed + (to - 1) * mixed, (char *)step->mixed + from * mixed, mixed);
+    }
+}
+
+enum { PROJECT, ATTEND, WIDEN, NARROW, STAGES }; /* of a layer */
+
+/* Its end is not waited for. */
+static void stage_in_team(const Model *model, const Step *step, int64_t index, int64_t items) {
+    const Layer *layer = model->layer + index / STAGES;
+    int last = index / STAGES == model->layers - 1;
+    int64_t rows = last ? step->sampled : step->rows, width = model->hidden, queries = model->heads * model->head_dim;
+    int64_t size = 2 * model->blocks * model->kv_heads * model->block_size * model->head_dim;
+    char *pool = (char *)model->pool + index / STAGES * size * element_size(model->half);
+    if (index % STAGES == PROJECT) project(model, step, layer, pool);
+    else if (index % STAGES == ATTEND) {
+        attend(model, step, layer, pool, items);
+        if (last && rows < step->rows) keep_wanted(model, step);
+        linear_in_team(layer->output, step->mixed, queries, rows, step->delta, width, step->quantized);
+    } else if (index % STAGES == WIDEN) {
+        norm(model, step, rows, step->delta, layer->mlp_norm);
+        linear_in_team(layer->gate_up, step->normed, width, rows, step->activated, model->intermediate,
+                       step->quantized);
+    } else
+        linear_in_team(layer->down, step->activated, model->intermediate, rows, step->delta, width, step->quantized);
+}
+
+/* The layers' stages from `first` on, in one region of as many threads as OpenMP is set to now: all, or until the
+   word `watched`, looked at before every stage, no longer holds `seen`; a single one where there is no such
+   word. Returns the stage to go on with, 0 after the last. */
 EXPORT int64_t semipd_step_layers(const Model *model, const Step *step, int64_t first, const uint64_t *watched,
                                   uint64_t seen) {
     const Layer *layers = model->layer;
-    int64_t index = first, items = 0, stopped = 0; /* stopped: the layer to go on with, 0 until then */
+    int64_t end = step->sampled ? model->layers * STAGES : (model->layers - 1) * STAGES + ATTEND;
+    int64_t index = first, items = cut(model, step, layers[first / STAGES].window);
+    int stop[2]; /* after stages with even and with odd numbers, so that none is set while a thread may read it */
 #pragma omp parallel firstprivate(index)
-    while (!stopped) {
+    do {
+        int64_t layer = index / STAGES;
+        if (index % STAGES == PROJECT && layer && layers[layer].window != layers[layer - 1].window) {
 #pragma omp single
-        if (index == first || layers[index].window != layers[index - 1].window)
-            items = cut(model, step, layers[index].window);
-        layer_in_team(model, step, index++, items);
-#pragma omp single
-        stopped = index == model->layers || !watched || __atomic_load_n(watched, __ATOMIC_RELAXED) != seen ? index : 0;
-    }
-    return stopped;
+            items = cut(model, step, layers[layer].window);
+        }
+        stage_in_team(model, step, index++, items);
+#pragma omp master
+        {
+            first = index;
+            stop[index % 2] = index == end || !watched || __atomic_load_n(watched, __ATOMIC_RELAXED) != seen;
+        }
+#pragma omp barrier
+    } while (!stop[index % 2]);
+    return first == end ? 0 : first;
 }
 
 /* Logits, and the first largest of each row with its value. */
@@ -140,10 +203,12 @@ EXPORT void semipd_step_end(const Model *model, const Step *step) {
     size_t bytes = model->vocabulary * element_size(model->half);
 #pragma omp parallel
     {
-        linear_in_team(model->head, step->normed, model->hidden, step->rows, step->logits, model->vocabulary,
+        norm(model, step, step->sampled, step->delta, model->norm);
+        linear_in_team(model->head, step->normed, model->hidden, step->sampled, step->logits, model->vocabulary,
                        step->quantized);
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t row = 0; row < step->rows; row++) {
+        for (int64_t row = 0; row < step->sampled; row++) {
             Best best = find((const char *)step->logits + row * bytes, model->vocabulary);
             step->best[row] = best.index, step->value[row] = best.value;
         }

@@ -17,7 +17,7 @@ from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs
 from semipd.model.logprobs import chances
 from semipd.model.sampler import Adjustment, SamplingRows, sample
-from semipd.model.step import Boundary, DecodeStep
+from semipd.model.step import Boundary, FusedStep
 
 _SCORED = 64  # prompt positions whose logits exist at the same time
 
@@ -41,14 +41,14 @@ class Runner:
         fused: bool = True,
         folder: str | os.PathLike[str] = "",
     ) -> None:
-        """fused: run steps of one-token slices in a few calls where the model can; the tokens are the
-        same (`DenseModel.decode_step`). folder: with the tokenizer, for slots under a grammar."""
+        """fused: run steps in a few calls where the model can; the tokens are the same
+        (`DenseModel.fused_step`). folder: with the tokenizer, for slots under a grammar."""
         self._model = model
         self._table = table
         self._kv = kv
         self._pool = Pool.of(kv)
         self._constraints = Constraints(table, folder, model.spec.vocabulary)
-        self._step = model.decode_step(kv, table.tokens, table.blocks) if fused else None
+        self._step = model.fused_step(kv, table.tokens, table.blocks) if fused else None
 
     def run(self, slices: Sequence[Slice], boundary: Boundary) -> Produced:
         """Compute the slices and choose their tokens, each written to `table.tokens[slot, start + count]`.
@@ -58,11 +58,13 @@ class Runner:
         FloatingPointError when logits are not finite. A step that raised may be run again."""
         if not slices:
             return Produced([])
-        slots, starts, counts, wanted = self._columns(slices)
-        if self._step is not None and wanted.all() and counts.sum() == len(slots):
-            return self._decode(self._step, slots, starts, boundary)
+        columns = self._checked(slices)
+        slots, starts, counts, wanted = columns.T
+        plain = not (self._table.prompt_logprobs[slots] >= 0).any()
         try:
-            return self._forward(slots, starts, counts, wanted, boundary)
+            if plain and self._step is not None and self._step.takes(counts):
+                return self._fused(self._step, columns, boundary)
+            return self._forward(slots, starts, counts, wanted.astype(bool), boundary)
         except FloatingPointError:
             self._clear(slots, starts + counts)
             raise
@@ -90,21 +92,20 @@ class Runner:
         self._table.tokens[sampled, produced] = np.maximum(tokens, 0)  # a step ahead may read NO_TOKEN's
         return Produced(tokens, scores + more)
 
-    def _decode(
-        self, step: DecodeStep, slots: np.ndarray, positions: np.ndarray, boundary: Boundary
-    ) -> Produced:
-        """As `run`, for one position a slot, of each of which a token is wanted."""
-        table, produced = self._table, positions + 1
-        tokens, values = step.run(slots, positions, boundary)
+    def _fused(self, step: FusedStep, columns: np.ndarray, boundary: Boundary) -> Produced:
+        """As `run`, in a few calls."""
+        tokens, values = step.run(columns, boundary)
+        table, rows = self._table, np.flatnonzero(columns[:, 3])
+        slots, starts, counts, _ = columns[rows].T
+        produced = starts + counts
         if not np.isfinite(values).all():
-            self._clear(slots, produced)
             bad = int(np.flatnonzero(~np.isfinite(values))[0])
             raise FloatingPointError(f"the logits of row {bad} have no finite maximum: {values[bad]}")
         scores: tuple[Score, ...] = ()
         others = np.flatnonzero(table.special[slots] | (produced < table.ban_until[slots]))
         if others.size:
             tokens[others], scores = self._choose(
-                step.logits(others), slots[others], produced[others], others
+                step.logits(others), slots[others], produced[others], rows[others]
             )
         table.tokens[slots, produced] = np.maximum(tokens, 0) if others.size else tokens
         chosen: list[int] = tokens.tolist()
@@ -158,16 +159,16 @@ class Runner:
         boundary()
         return self._model.logits_of(hidden[:sampled]), tuple(scores)
 
-    def _columns(self, slices: Sequence[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Slots, starts, counts (int64) and sample flags, checked against the table."""
+    def _checked(self, slices: Sequence[Slice]) -> np.ndarray:
+        """Slots, starts, counts and sample flags, int64 [n, 4], checked against the table."""
         columns = np.array(slices, dtype=np.int64)
-        slots, starts, counts, wanted = columns.T
+        slots, starts, counts, _ = columns.T
         table = self._table
         if slots.min() < 0 or slots.max() >= table.slots or not table.opened[slots].all():
             raise ValueError(f"a slice names a slot that is not open: {self._closed(slots)}")
         if starts.min() < 0 or counts.min() < 1 or (starts + counts).max() > table.max_length:
             raise ValueError(f"a slice does not fit a slot of {table.max_length} tokens")
-        return slots, starts, counts, wanted.astype(bool)
+        return columns
 
     def _closed(self, slots: np.ndarray) -> list[int]:
         known = self._table.opened

@@ -24,7 +24,7 @@ from semipd.model.quantized_weights import QuantizedWeights, read_format
 from semipd.model.rope import rope_frequencies
 from semipd.model.row_ops import CompiledRowOps, Heads, PlainRowOps, Rotations, RowOps
 from semipd.model.spec import ModelSpec, load_spec
-from semipd.model.step import Boundary, DecodeStep, Parts, can_step
+from semipd.model.step import Boundary, FusedStep, Parts, can_step
 from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
 
 MOST_LOADERS = 4  # threads that pack weights: more would wait for the memory
@@ -79,12 +79,12 @@ class DenseModel:
         spec = self.spec
         return (spec.layers, 2, blocks, spec.kv_heads, block_size, spec.head_dim)
 
-    def decode_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> DecodeStep | None:
-        """What computes steps of one-token slices in a few calls (see `DecodeStep`), with the same bits as
-        `forward`; None where some layer has no compiled form."""
+    def fused_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> FusedStep | None:
+        """What computes steps in a few calls (see `FusedStep`), with the same bits as `forward`; None where
+        some layer has no compiled form."""
         if self._kernels is None or not self._compiled:
             return None
-        return DecodeStep(self._kernels, self._parts, kv, tokens, tables)
+        return FusedStep(self._kernels, self._parts, kv, tokens, tables)
 
     def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Boundary) -> torch.Tensor:
         """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the

@@ -24,6 +24,7 @@ PART = 256  # positions at a time (csrc/kernels.h, csrc/prefill_attention.c)
 MOST_GROUP = 64  # query heads per KV head
 MOST_HEAD_DIM = 256
 LANES = 16
+TILE_ROWS = 32  # keys of a prompt are packed by so many
 BASELINE, AVX2, AVX512, AVX512_VNNI, AVX512_BF16, AMX = range(6)
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
@@ -72,7 +73,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_linear.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER]
     library.semipd_linear.restype = None
     library.semipd_step_begin.argtypes = [_POINTER, _POINTER]
-    library.semipd_step_begin.restype = _LONG
+    library.semipd_step_begin.restype = ctypes.c_int
     library.semipd_step_layers.argtypes = [_POINTER, _POINTER, _LONG, _POINTER, ctypes.c_uint64]
     library.semipd_step_layers.restype = _LONG
     library.semipd_step_end.argtypes = [_POINTER, _POINTER]

@@ -1,21 +1,19 @@
-"""A step of one-token slices on the compiled kernels in a few calls (csrc/step.c), where a model's layers
-allow it. The kernels are those of the way layer by layer, so both give the same bits; this one saves the
-host's work between them.
+"""A step on the compiled kernels in a few calls (csrc/step.c), where a model's layers allow it. The kernels
+are those of the way layer by layer, so both give the same bits; this one saves what lies between them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from semipd.model.compiled import Native
-from semipd.model.kernels import LANES, PART, Kernels
+from semipd.model.kernels import LANES, PART, TILE_ROWS, Kernels, can_tile
 from semipd.model.layers import Compute, Layer
 from semipd.model.spec import ModelSpec
 
@@ -47,16 +45,15 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        ("rows", _LONG),
-        *((name, _POINTER) for name in ("slots", "positions", "tokens", "tables")),
-        ("token_stride", _LONG),
-        ("table_stride", _LONG),
+        *((name, _LONG) for name in ("rows", "sampled", "count")),
+        *((name, _POINTER) for name in ("slices", "tokens", "tables")),
+        *((name, _LONG) for name in ("token_stride", "table_stride")),
         *(
             (name, _POINTER)
             for name in ("hidden", "normed", "delta", "qkv", "mixed", "activated", "logits")
         ),
-        *((name, _POINTER) for name in ("quantized", "where", "cosine", "sine", "items", "attention")),
-        *((name, _POINTER) for name in ("best", "value")),
+        *((name, _POINTER) for name in ("quantized", "packed", "positions", "where", "cosine", "sine")),
+        *((name, _POINTER) for name in ("items", "attention", "best", "value")),
     )
 
 
@@ -79,11 +76,11 @@ class Parts:
 
 
 def can_step(kernels: Kernels | None, parts: Parts) -> bool:
-    """Whether `DecodeStep` takes this model: every linear layer is a compiled one."""
+    """Whether `FusedStep` takes this model: every linear layer is a compiled one."""
     return kernels is not None and all(isinstance(linear, Native) for linear in parts.linears())
 
 
-class DecodeStep:
+class FusedStep:
     """Runs steps over one KV pool and one slot table. One step at a time."""
 
     def __init__(
@@ -97,36 +94,45 @@ class DecodeStep:
         self._natives = [linear for linear in parts.linears() if isinstance(linear, Native)]
         self._layers = (_Layer * len(parts.layers))(*map(_layer, parts.layers))
         self._model = self._describe(kernels)
-        self._rows = self._items = 0
-        self._step = _Step()
+        self._tiled = can_tile(kernels, kv.shape[-1], parts.dtype)
+        self._rows = self._sampled = self._items = self._packed = 0
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._step = _Step(tokens=tokens.ctypes.data, tables=tables.ctypes.data)
+        self._step.token_stride, self._step.table_stride = tokens.strides[0] // 4, tables.strides[0] // 4
         self._pointers = ctypes.byref(self._model), ctypes.byref(self._step)
 
-    def run(
-        self, slots: np.ndarray, positions: np.ndarray, boundary: Boundary
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Compute position i of slot i for each pair, write keys and values, and return the first largest
-        entry of each row's logits (int64) and its value; both stay valid until the next step. `boundary` is
-        called before every layer, unless what it watches shows that there is no need, and before the head.
+    def takes(self, counts: np.ndarray) -> bool:
+        """Whether slices of so many positions are for `run`: other than single ones are on tile registers
+        only."""
+        return self._tiled or int(counts.max()) == 1
+
+    def run(self, slices: np.ndarray, boundary: Boundary) -> tuple[np.ndarray, np.ndarray]:
+        """Compute slices, int64 [n, 4]: slot, first position, how many, and whether a token is wanted then.
+        Writes their keys and values, and returns the first largest entry of the logits of each that wants a
+        token (int64) and its value; both stay valid until the next step. `boundary` is called before every
+        large operation, unless what it watches shows that there is no need, and before the head.
 
         Raises ValueError for a token that is not in the vocabulary."""
-        rows = slots.shape[0]
-        self._make_room(rows, int(positions.max()))
-        self._slots[:rows], self._positions[:rows] = slots, positions
-        self._step.rows = rows
+        slices = np.ascontiguousarray(slices)
+        rows, sampled = slices[:, 2:].sum(axis=0).tolist()
+        self._make_room(rows, sampled, slices)
+        self._step.rows, self._step.sampled, self._step.count = rows, sampled, len(slices)
+        self._step.slices = slices.ctypes.data
         model, step = self._pointers
-        if self._library.semipd_step_begin(model, step) >= 0:
+        if not self._library.semipd_step_begin(model, step):
             raise ValueError(f"a token is not in the vocabulary of {self._parts.spec.vocabulary}")
-        index = 0
-        while index < len(self._layers):
+        stage = -1
+        while stage:
             watch = boundary() or (None, 0)
-            index = self._library.semipd_step_layers(model, step, index, *watch)
-        boundary()
-        self._library.semipd_step_end(model, step)
-        return self._best[:rows], self._value[:rows]
+            stage = self._library.semipd_step_layers(model, step, max(stage, 0), *watch)
+        if sampled:
+            boundary()
+            self._library.semipd_step_end(model, step)
+        return self._best[:sampled], self._value[:sampled]
 
     def logits(self, rows: np.ndarray) -> torch.Tensor:
-        """Logits of these rows of the last step, float32 [n, vocabulary]."""
-        return self._logits[torch.from_numpy(rows)].float()
+        """Logits of these results of the last step, float32 [n, vocabulary]."""
+        return self._buffers["logits"][torch.from_numpy(rows)].float()
 
     def _describe(self, kernels: Kernels) -> _Model:
         parts, spec = self._parts, self._parts.spec
@@ -146,46 +152,56 @@ class DecodeStep:
             *(parts.rope_factor, spec.norm_eps, head_dim**-0.5),
         )
 
-    def _make_room(self, rows: int, last: int) -> None:
-        """Buffers for so many rows with positions up to `last`. Memory is taken when it is written."""
+    def _make_room(self, rows: int, sampled: int, slices: np.ndarray) -> None:
+        """Buffers for such a step. Memory is taken when it is written."""
+        model, last = self._model, int((slices[:, 1] + slices[:, 2]).max())
         if rows > self._rows:
-            self._rows = max(8, 1 << (rows - 1).bit_length())
-            self._make_buffers(self._rows)
-        items = rows * self._model.kv_heads * (last // PART + 1)
+            self._rows = _room_for(rows)
+            self._make_rows(self._rows)
+        if sampled > self._sampled or not self._sampled:
+            self._sampled = _room_for(sampled)
+            logits = torch.empty(self._sampled, model.vocabulary, dtype=self._parts.dtype)
+            best, value = torch.empty(self._sampled, dtype=torch.int64), torch.empty(self._sampled)
+            self._keep(logits=logits, best=best, value=value)
+            self._best, self._value = best.numpy(), value.numpy()
+        items = len(slices) * model.kv_heads * (last // PART + 1)
         if items > self._items:
-            self._items = 1 << (items - 1).bit_length()
-            each = (
-                self._model.heads // self._model.kv_heads * (-(-self._model.head_dim // LANES) * LANES + 2)
-            )
-            self._cuts = torch.empty(self._items, 6, dtype=torch.int64)
-            self._attention = torch.empty(self._items * each)
-            self._step.items, self._step.attention = self._cuts.data_ptr(), self._attention.data_ptr()
+            self._items = _room_for(items)
+            padded = -(-model.head_dim // LANES) * LANES
+            each = model.heads // model.kv_heads * (padded + 2)
+            cuts = torch.empty(self._items, 6, dtype=torch.int64)
+            self._keep(items=cuts, attention=torch.empty(self._items * each))
+        if rows > len(slices) and last > self._packed:
+            self._packed = _room_for(last + TILE_ROWS)
+            shape = (model.kv_heads, 2, self._packed, model.head_dim)
+            self._keep(packed=torch.empty(shape, dtype=torch.bfloat16))
 
-    def _make_buffers(self, rows: int) -> None:
+    def _make_rows(self, rows: int) -> None:
         spec, model = self._parts.spec, self._model
         queries, both = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
-        widths = (spec.hidden,) * 3 + (queries + both, queries, spec.intermediate, spec.vocabulary)
-        self._rooms = [torch.empty(rows, width, dtype=self._parts.dtype) for width in widths]
-        self._logits = self._rooms[-1]
+        widths = dict.fromkeys(("hidden", "normed", "delta"), spec.hidden)
+        widths |= {"qkv": queries + both, "mixed": queries, "activated": spec.intermediate}
         scratch = max(native.scratch_bytes(rows, os.cpu_count() or 1) for native in self._natives)
-        self._scratch = torch.empty(scratch, dtype=torch.uint8)
-        self._where = torch.empty(rows, 2 * model.kv_heads, dtype=torch.int64)
-        self._turns = torch.empty(2, rows, model.head_dim // 2)
-        self._slots, self._positions, self._best = np.empty((3, rows), np.int64)
-        self._value = np.empty(rows, np.float32)
-        tokens, tables = self._tables
-        self._fill(
-            *(array.ctypes.data for array in (self._slots, self._positions, tokens, tables)),
-            *(tokens.strides[0] // 4, tables.strides[0] // 4),
-            *(room.data_ptr() for room in (*self._rooms, self._scratch, self._where, *self._turns)),
+        cosine, sine = torch.empty(2, rows, model.head_dim // 2)
+        self._keep(
+            **{name: torch.empty(rows, width, dtype=self._parts.dtype) for name, width in widths.items()},
+            quantized=torch.empty(scratch, dtype=torch.uint8),
+            positions=torch.empty(rows, dtype=torch.int64),
+            where=torch.empty(rows, 2 * model.kv_heads, dtype=torch.int64),
+            cosine=cosine,
+            sine=sine,
         )
-        self._step.best, self._step.value = self._best.ctypes.data, self._value.ctypes.data
 
-    def _fill(self, *values: int) -> None:
-        """The fields after `rows`, in order."""
-        names: Sequence[Any] = _Step._fields_[1 : 1 + len(values)]
-        for (name, _), value in zip(names, values, strict=True):
-            setattr(self._step, name, value)
+    def _keep(self, **buffers: torch.Tensor) -> None:
+        """Fields of the step."""
+        self._buffers |= buffers
+        for name, buffer in buffers.items():
+            setattr(self._step, name, buffer.data_ptr())
+
+
+def _room_for(count: int) -> int:
+    """Rounded up, so that growing ends soon."""
+    return max(8, 1 << (count - 1).bit_length())
 
 
 def _layer(layer: Layer) -> _Layer:

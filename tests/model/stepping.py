@@ -12,7 +12,7 @@ from semipd.core.types import BlockAppend, Sampling, Score, Slice
 from semipd.execute.runner import Runner
 from semipd.execute.storage import SlotTable
 from semipd.model.dense import DenseModel, StepInputs
-from semipd.model.step import DecodeStep
+from semipd.model.step import FusedStep
 
 
 class Recorder:
@@ -31,24 +31,24 @@ class Recorder:
         return self.model.hidden(inputs, kv, boundary)
 
     def logits_of(self, normed: torch.Tensor) -> torch.Tensor:
-        self.logits = self.model.logits(normed)
+        self.logits = self.model.logits_of(normed)
         return self.logits.clone()
 
-    def decode_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> Any:
-        step = self.model.decode_step(kv, tokens, tables)
+    def fused_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> Any:
+        step = self.model.fused_step(kv, tokens, tables)
         return None if step is None else _RecordedStep(self, step)
 
 
 class _RecordedStep:
-    """A `DecodeStep` that hands its logits to a recorder."""
+    """A `FusedStep` that hands its logits to a recorder."""
 
-    def __init__(self, recorder: Recorder, step: DecodeStep) -> None:
+    def __init__(self, recorder: Recorder, step: FusedStep) -> None:
         self._recorder, self._step = recorder, step
-        self.logits = step.logits
+        self.logits, self.takes = step.logits, step.takes
 
-    def run(self, slots: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
-        result = self._step.run(slots, *rest)
-        self._recorder.logits = self.logits(np.arange(len(slots)))
+    def run(self, slices: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+        result = self._step.run(slices, *rest)
+        self._recorder.logits = self.logits(np.arange(len(result[0])))
         return result
 
 

@@ -1,4 +1,4 @@
-"""A decode step in a few calls against the same step layer by layer: the same bits, whatever the family."""
+"""A step in a few calls against the same step layer by layer: the same bits, whatever the family."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "widened": ("qwen3", WIDE, {"dtype": "bfloat16"}),
     "AVX2": ("qwen2", WIDE, {"dtype": "bfloat16"}),
     "int8": ("qwen2", WIDE, {"dtype": "bfloat16", "quantization": "int8"}),
+    "int8, tiles": ("qwen2", WIDE, {"dtype": "bfloat16", "quantization": "int8"}),
     "int4": ("qwen3", WIDE, {"dtype": "bfloat16", "quantization": "int4", "quantize_head": True}),
 }
 LEVELS = {"tiles": AMX, "tiles, window": AMX, "pairs": AVX512_BF16, "widened": AVX512, "AVX2": AVX2}
-LEVELS |= {"int8": AVX512_VNNI, "int4": AVX512_VNNI}
+LEVELS |= {"int8": AVX512_VNNI, "int8, tiles": AMX, "int4": AVX512_VNNI}
 LENGTHS = (600, 1, 256, 17, 255, 33)
 
 
@@ -89,8 +90,30 @@ def test_a_fused_step_has_the_bits_of_the_layers(name: str, tmp_path: Path) -> N
     assert torch.equal(fused.kv, plain.kv)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if "tiles" in name])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pieces_of_prompts_share_a_fused_step(name: str, threads: int, tmp_path: Path) -> None:
+    """Single tokens between longer slices, some of which want no token, one of them across the window."""
+    model = load(name, tmp_path)
+    fused, plain = filled(model, True), filled(model, False)
+    mixed = [
+        Slice(0, 520, 80, False),
+        Slice(1, 1, 1),
+        Slice(2, 200, 57),
+        Slice(3, 17, 1, False),
+        Slice(5, 0, 34),
+    ]
+    torch.set_num_threads(threads)
+    for slices in (mixed, [Slice(4, 100, 3, False)], [Slice(4, 254, 2)], mixed[::-1]):
+        assert fused.run(*slices) == plain.run(*slices)
+        if any(piece.sample for piece in slices):
+            assert torch.equal(fused.recorder.logits, plain.recorder.logits)
+        assert torch.equal(fused.kv, plain.kv)
+    torch.set_num_threads(1)
+
+
 def test_the_boundary_is_asked_again_only_when_its_word_changed(tmp_path: Path) -> None:
-    """A share that is settled costs one call a step; one that is not, or was moved, a call a layer."""
+    """A share that is settled costs one call a step; one that is not, or was moved, four calls a layer."""
     model = load("llama", tmp_path)
     bench, word, calls = filled(model, True), ctypes.c_uint64(7), []
 
@@ -100,7 +123,7 @@ def test_the_boundary_is_asked_again_only_when_its_word_changed(tmp_path: Path) 
 
     plain = filled(model, False).run(*step_of(bench))
     address, layers = ctypes.addressof(word), model.spec.layers
-    for watch, expected in ((None, layers + 1), ((address, 7), 2), ((address, 6), layers + 1)):
+    for watch, expected in ((None, 4 * layers + 1), ((address, 7), 2), ((address, 6), 4 * layers + 1)):
         calls.clear()
         assert bench.runner.run(step_of(bench), partial(boundary, watch)).tokens == plain
         assert len(calls) == expected
