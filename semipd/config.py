@@ -27,7 +27,7 @@ QUANTIZATIONS = ("none", "int8", "int4")
 MAX_CLASSES = 16
 NEUTRAL_CLASSES = ("auto", "default")  # names that a request may give to say nothing
 LOG_LEVELS = ("debug", "info", "warning", "error")
-TOOL_CALL_PARSERS = ("auto", "hermes", "llama3", "mistral", "none")
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3", "mistral", "qwen3_coder", "none")
 
 _CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from semipd.serve.calls import CallFormat
+from semipd.core.errors import Refused
+from semipd.serve.calls import CallFormat, Schemas
+from semipd.serve.xml_grammar import arguments_grammar
 
 # As models and their templates write JSON, and blanks have an end.
 _STYLE = {
@@ -19,8 +22,6 @@ _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additiona
 _ANY_PARAMETERS = {"type": "object"}
 _ANY_TEXT = "REST: /(?s:.*)/\n"
 
-Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of functions, by name
-
 
 class CallGrammar:
     """Of one model's way to write calls. marks: ids of those of its marks that are special tokens.
@@ -32,6 +33,7 @@ class CallGrammar:
         self._form = form
         self._marks = marks
         self._by_name = by_name
+        self._in_tags = form.name == "qwen3_coder"
 
     @property
     def takes_answers(self) -> bool:
@@ -48,7 +50,7 @@ class CallGrammar:
         elif not single and self._by_name:
             blocks = "block+"
         opening = f"{self._mark(self._form.opening)} " if self._form.opening else ""
-        calls = _calls(schemas, self._call)
+        calls = self._calls(schemas)
         start = f"start: {blocks}\n"
         if answer is not None:
             start = f"start: ({blocks}) | answer\nanswer: {_json_of(json.loads(answer))}"
@@ -56,7 +58,7 @@ class CallGrammar:
 
     def allowed(self, schemas: Schemas) -> str:
         """Any text, in which all calls are of these functions."""
-        calls = f"block: {self._block(False)}\n{_calls(schemas, self._call)}"
+        calls = f"block: {self._block(False)}\n{self._calls(schemas)}"
         opening = self._form.opening
         if not opening:  # the whole text is a call, or does not begin like one
             return f"start: block | REST\nREST: /(\\s*[^\\s{{](?s:.*))?/\n{calls}"
@@ -79,8 +81,23 @@ class CallGrammar:
         if self._by_name:
             return f"{_literal(name)} {self._mark('[ARGS]')} {arguments}"
         key = "arguments" if self._form.opening else "parameters"
+        if self._in_tags:
+            if re.search(r"[<>]", name):
+                raise Refused(f"tools: {name[:40]!r} cannot name a function in this model's calls", "tools")
+            return f"{_literal(f'<function={name}>{chr(10)}')} {arguments} {_literal('</function>')}"
         head = f'{{"name": {_literal(name)}, "{key}": '
         return f'{_literal(head)} {arguments} "}}"'
+
+    def _calls(self, schemas: Schemas) -> str:
+        """Rules of `call`, which is one of any of the functions."""
+        rules = [f"call: {' | '.join(f'call{place}' for place in range(len(schemas)))}\n"]
+        for place, (name, schema) in enumerate(schemas.items()):
+            rules.append(f"call{place}: {self._call(name, f'args{place}')}\n")
+            if self._in_tags:
+                rules.append(arguments_grammar(f"args{place}", schema, _json_of))
+            else:
+                rules.append(f"args{place}: {_json_of(schema)}")
+        return "".join(rules)
 
     def _mark(self, text: str) -> str:
         return f"<[{self._marks[text]}]>" if text in self._marks else _literal(text)
@@ -95,15 +112,6 @@ def schemas_of(tools: Sequence[Mapping[str, Any]], followed: Container[str]) -> 
         else _ANY_PARAMETERS
         for function in functions
     }
-
-
-def _calls(schemas: Schemas, call: Callable[[str, str], str]) -> str:
-    """Rules of `call`, which is one of any of the functions."""
-    rules = [f"call: {' | '.join(f'call{place}' for place in range(len(schemas)))}\n"]
-    for place, (name, schema) in enumerate(schemas.items()):
-        rules.append(f"call{place}: {call(name, f'args{place}')}\n")
-        rules.append(f"args{place}: {_json_of(schema)}")
-    return "".join(rules)
 
 
 def _json_of(schema: Mapping[str, Any]) -> str:

@@ -1,52 +1,50 @@
-"""Calls of tools in a model's text: found as the text comes, and only where they are whole.
+"""Calls of tools in a model's text, found as the text comes.
 
-What a call is made of is held back until it is complete. Text that turns out to be none stays text. What is
-found does not depend on how the text was cut into pieces.
+The beginning of a call is held back until its function is known; then its arguments are told as they come.
+Text that turns out to be no call stays text. What is found does not depend on how the text was cut into
+pieces, but for the parts in which arguments are told.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import string
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from semipd.serve import call_json, call_xml
+from semipd.serve.call_parts import CallPart, Head, Reader, partial
+
 ALPHANUMERIC = string.ascii_letters + string.digits
-_ENDS_JSON = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
-_ENDS_HERMES = re.compile(r'\\.|"|</?tool_call>', re.DOTALL)
-_MISTRAL_NAME = re.compile(r"\s*([^\s{\[]{1,128})\s*(?:\[CALL_ID\][^{\[]{0,128})?(?:\[ARGS\])?\s*")
+_MOST_HEAD = 1024  # characters; a call whose arguments begin later is told when it is whole
 _ONE_AFTER_ANOTHER = re.compile(r"[\s;]*")
 _BLANK = re.compile(r"\s*")
 
-Named = tuple[str, str]  # a function's name, and its arguments as JSON
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """index: its place among the calls of one answer. arguments: a JSON object, as text."""
-
-    index: int
-    id: str
-    name: str
-    arguments: str
+Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of functions, by name
+Block = call_json.JsonBlock | call_xml.XmlBlock
 
 
 @dataclass(frozen=True)
 class CallFormat:
     """How a model writes calls. opening: what begins a block of them; "": a text that begins with a brace
-    is one. marks: tokens that belong to the text, even if they are special ones.
+    is one. closing: what ends a block; "": the end of the JSON value in it. marks: tokens that belong to
+    the text, even if they are special ones.
 
-    read: the calls in a block, without its opening and closing; none if it holds anything else."""
+    head: the beginning of a call, at the beginning of a text; again: not the first one of its block.
+    reader: follows one whose head was found, by the schema of its arguments.
+    read: the calls in a whole block, without its opening and closing; none if it holds anything else."""
 
     name: str
     opening: str
-    closing: str  # what ends a block, outside of strings; "": the end of the JSON value in it
+    closing: str
     marks: tuple[str, ...]
-    read: Callable[[str], list[Named]]
+    head: Callable[[str, bool], Head | None]
+    reader: Callable[[Head, Mapping[str, Any]], Reader]
+    read: Callable[[str], list[call_json.Named]]
     new_id: Callable[[], str]
+    block: Callable[[str, str], Block] = call_json.JsonBlock
 
 
 def format_of(parser: str, template: str | None) -> CallFormat | None:
@@ -56,69 +54,86 @@ def format_of(parser: str, template: str | None) -> CallFormat | None:
     source = template or ""
     if "[TOOL_CALLS]" in source:
         return FORMATS["mistral"]
-    if "<tool_call>" in source:  # some put XML there
-        return None if "<function=" in source or "<arg_key>" in source else FORMATS["hermes"]
+    if "<tool_call>" in source:
+        if "<arg_key>" in source:  # tags that nobody here reads
+            return None
+        return FORMATS["qwen3_coder" if "<function=" in source else "hermes"]
     return FORMATS["llama3"] if "ipython" in source and '"parameters"' in source else None
 
 
+@dataclass
+class _Gained:
+    """What a piece of text came to."""
+
+    said: list[str] = field(default_factory=list)
+    parts: list[CallPart] = field(default_factory=list)
+
+
 class CallFinder:
-    """Takes one answer's text apart. known: names of the tools, which a format without marks must name.
+    """Takes one answer's text apart. schemas: of the tools, of which a call must be in a format without
+    marks. single: the first call is the last."""
 
-    single: the first call is the last."""
-
-    def __init__(self, form: CallFormat, known: frozenset[str], single: bool = False) -> None:
+    def __init__(self, form: CallFormat, schemas: Schemas, single: bool = False) -> None:
         self._form = form
-        self._known = known
+        self._schemas = schemas
         self._single = single
         self._buffer = ""  # not yet understood
         self._blank = ""  # blanks that belong to a call, if one comes next
-        self._block: _Block | None = None
+        self._block: Block | None = None  # that the buffer begins with
+        self._tried = False  # to find a head at its beginning
+        self._head: Head | None = None  # of the last call in the block
+        self._reader: Reader | None = None  # of the call that the buffer goes on with
         self._fresh = True  # nothing was said but calls and blanks
         self.count = 0
 
     @property
     def done(self) -> bool:
         """Whether no more text is wanted."""
-        return self._single and self.count > 0
+        return self._single and self.count > 0 and self._reader is None
 
-    def feed(self, text: str, last: bool = False) -> tuple[str, list[Call]]:
-        """The text that is certain to be none of a call, and the calls that became complete."""
+    def feed(self, text: str, last: bool = False) -> tuple[str, list[CallPart]]:
+        """The text that is certain to be none of a call, and what came of calls."""
         self._buffer += text
-        said: list[str] = []
-        calls: list[Call] = []
-        while not self.done:
-            before = len(self._buffer)
-            if self._block is None:
-                self._outside(said, last)
-            if self._block is not None:
-                self._inside(said, calls, last)
-            if self._block is not None or len(self._buffer) == before:
-                break
+        gained = _Gained()
+        while not self.done and self._advance(gained, last):
+            pass
         if last and not self.done:
-            said.append(self._blank if self.count == 0 or not self._fresh else "")
+            gained.said.append(self._blank if self.count == 0 or not self._fresh else "")
             self._blank = ""
-        return "".join(said), calls
+        return "".join(gained.said), gained.parts
 
-    def _outside(self, said: list[str], last: bool) -> None:
+    def _advance(self, gained: _Gained, last: bool) -> bool:
+        """One step further; whether there may be another."""
+        if self._reader is not None:
+            return self._follow(self._reader, gained, last)
+        if self._block is not None:
+            return self._inside(self._block, gained, last)
+        if self._head is not None:
+            return self._behind(self._head, last)
+        return self._outside(gained, last)
+
+    def _outside(self, gained: _Gained, last: bool) -> bool:
         """Say what comes before the next block, and enter that."""
         place = self._opening(last)
         if place is None:
-            self._say(self._buffer, said)
+            self._say(self._buffer, gained)
             self._buffer = ""
-            return
+            return False
         if self._fresh and not self._form.opening:
             self._blank += self._buffer[:place]  # what stands between calls
         else:
-            self._say(self._buffer[:place], said)
+            self._say(self._buffer[:place], gained)
         self._buffer = self._buffer[place:]
-        if self._buffer.startswith(self._form.opening or "{"):
-            self._block = _Block(self._form)
+        if not self._buffer.startswith(self._form.opening or "{"):
+            return False
+        self._enter(self._form.opening)
+        return True
 
     def _opening(self, last: bool) -> int | None:
         """Where a block begins or may begin; None: nowhere in the buffer."""
         if opening := self._form.opening:
             place = self._buffer.find(opening)
-            return place if place >= 0 else None if last else _partial(self._buffer, opening)
+            return place if place >= 0 else None if last else partial(self._buffer, opening)
         if not self._fresh:
             return None
         between = (_ONE_AFTER_ANOTHER if self.count else _BLANK).match(self._buffer)
@@ -127,30 +142,76 @@ class CallFinder:
             return None if last else 0
         return between.end() if self._buffer[between.end()] == "{" else None
 
-    def _inside(self, said: list[str], calls: list[Call], last: bool) -> None:
-        assert self._block is not None
-        end = self._block.end(self._buffer, last)
+    def _enter(self, opening: str) -> None:
+        self._block, self._tried = self._form.block(opening, self._form.closing), False
+
+    def _inside(self, block: Block, gained: _Gained, last: bool) -> bool:
+        """Find a call's head, or else the end of the block."""
+        if not self._tried:
+            head = self._form.head(self._buffer[:_MOST_HEAD], self._head is not None)
+            if head is not None and (self._form.opening or head.name in self._schemas):
+                self._block, self._head, self._buffer = None, head, self._buffer[head.end :]
+                self._reader = self._form.reader(head, self._schemas.get(head.name, {}))
+                self._begin(head.name, gained)
+                return True
+            self._tried = len(self._buffer) >= _MOST_HEAD
+        end = block.end(self._buffer, last)
         if end is None:
-            return
-        block, self._buffer, self._block = self._buffer[:end], self._buffer[end:], None
-        found = self._form.read(block.removeprefix(self._form.opening).removesuffix(self._form.closing))
-        if not self._form.opening and not self._known.issuperset(name for name, _ in found):
+            return False
+        whole, self._buffer, self._block = self._buffer[:end], self._buffer[end:], None
+        found = self._form.read(whole.removeprefix(self._form.opening).removesuffix(self._form.closing))
+        if not self._form.opening and not all(name in self._schemas for name, _ in found):
             found = []
         if not found:
-            self._say(block, said)
-            return
-        self._blank, self._fresh = "", True
+            self._head = None
+            self._say(whole, gained)
         for name, arguments in found[:1] if self._single else found:
-            calls.append(Call(self.count, self._form.new_id(), name, arguments))
-            self.count += 1
+            self._begin(name, gained)
+            gained.parts.append(CallPart(self.count - 1, arguments))
+        return True
 
-    def _say(self, text: str, said: list[str]) -> None:
+    def _begin(self, name: str, gained: _Gained) -> None:
+        gained.parts.append(CallPart(self.count, id=self._form.new_id(), name=name))
+        self.count += 1
+        self._blank, self._fresh = "", True
+
+    def _follow(self, reader: Reader, gained: _Gained, last: bool) -> bool:
+        """Go on with a call."""
+        used, arguments, over = reader.feed(self._buffer, last)
+        self._buffer = self._buffer[used:]
+        if arguments:
+            gained.parts.append(CallPart(self.count - 1, arguments))
+        if over:
+            self._reader = None
+        return over
+
+    def _behind(self, head: Head, last: bool) -> bool:
+        """Behind a call: what ends its block, or another one in it."""
+        rest = self._buffer.lstrip()
+        tags = [tag for tag in (head.again, head.closing) if tag]
+        if not last and any(tag.startswith(rest) and tag != rest for tag in tags):
+            return False
+        if head.again and rest.startswith(head.again):
+            if head.again == ",":  # which is none of the call
+                rest = rest[1:].lstrip()
+                if not rest and not last:
+                    return False
+            if rest.startswith(("{", "<")):
+                self._buffer = rest
+                self._enter("")
+                return True
+        elif head.closing and rest.startswith(head.closing):
+            self._buffer = rest[len(head.closing) :]
+        self._head = None
+        return True
+
+    def _say(self, text: str, gained: _Gained) -> None:
         """Let text out, but for blanks at its end; those next to a call belong to it."""
         text = self._blank + text
         bare = text.rstrip()
         self._blank = text[len(bare) :]
         if bare:
-            said.append(bare if not (self._fresh and self.count) else bare.lstrip())
+            gained.said.append(bare if not (self._fresh and self.count) else bare.lstrip())
             self._fresh = False
 
 
@@ -159,120 +220,11 @@ class CallRule:
     """How calls of tools are written, of which tools, and whether only one is wanted."""
 
     form: CallFormat
-    known: frozenset[str]
+    schemas: Schemas
     single: bool = False
 
     def finder(self) -> CallFinder:
-        return CallFinder(self.form, self.known, self.single)
-
-
-class _Block:
-    """Looks for the end of one block. Reads every character once."""
-
-    def __init__(self, form: CallFormat) -> None:
-        self._form = form
-        self._at = len(form.opening)
-        self._begun = bool(form.closing)  # whether the JSON is there, for those that end with it
-        self._quoted = False
-        self._depth = 0
-
-    def end(self, buffer: str, last: bool) -> int | None:
-        """Where the block ends in the buffer, which begins with its opening; None: not yet."""
-        if not self._begun:
-            self._begin(buffer)
-        pattern = _ENDS_HERMES if self._form.closing else _ENDS_JSON
-        while self._begun and (match := pattern.search(buffer, self._at)):
-            self._at = match.end()
-            token = match[0]
-            if token == '"':
-                self._quoted = not self._quoted
-            elif self._quoted or token[0] == "\\":
-                continue
-            elif len(token) > 1:
-                return match.end() if token == self._form.closing else match.start()
-            else:
-                self._depth += 1 if token in "{[" else -1
-                if self._depth <= 0:
-                    return match.end()
-        if self._begun:
-            unsure = max(len(self._form.closing) - 1, 1)  # a tag, or an escape, may have begun
-            self._at = max(self._at, len(buffer) - unsure)
-        return len(buffer) if last else None
-
-    def _begin(self, buffer: str) -> None:
-        """Find where the JSON starts: with a bracket if that comes first, else with the first brace."""
-        opened = len(self._form.opening)
-        rest = buffer[opened:].lstrip()
-        at = len(buffer) - len(rest) if rest[:1] == "[" else buffer.find("{", max(self._at, opened))
-        self._begun = at >= 0
-        self._at = at if self._begun else len(buffer)
-
-
-def _partial(text: str, tag: str) -> int | None:
-    """Where the longest end of the text starts that begins the tag."""
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            return len(text) - length
-    return None
-
-
-def _read_hermes(block: str) -> list[Named]:
-    return _named([_json(block)], "arguments", needed=False)
-
-
-def _read_llama3(block: str) -> list[Named]:
-    value = _json(block)
-    key = "arguments" if isinstance(value, dict) and "parameters" not in value else "parameters"
-    return _named([value], key, needed=True)
-
-
-def _read_mistral(block: str) -> list[Named]:
-    """A list of calls, or a name and its arguments."""
-    if block.lstrip()[:1] in ("[", "{"):
-        value = _json(block)
-        return _named(value if isinstance(value, list) else [value], "arguments", needed=False)
-    head = _MISTRAL_NAME.match(block)
-    if head is None:
-        return []
-    return _named([{"name": head[1], "arguments": _json(block[head.end() :])}], "arguments", needed=True)
-
-
-def _named(values: list[Any], key: str, needed: bool) -> list[Named]:
-    """The calls if all of them are; else none. needed: whether there must be arguments."""
-    found = []
-    for value in values:
-        if not isinstance(value, dict) or not isinstance(name := value.get("name"), str) or not name:
-            return []
-        arguments = value.get(key, None if needed else {})
-        if isinstance(arguments, str):  # encoded twice
-            arguments = _json(arguments)
-        text = _text(arguments) if isinstance(arguments, dict) else None
-        if text is None or _text(name) is None:
-            return []
-        found.append((name, text))
-    return found
-
-
-def _json(text: str) -> Any:
-    """The value; None for what is no JSON. Line breaks in strings are let through, as models write them."""
-    try:
-        return json.loads(text, strict=False, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
-
-
-def _text(value: Any) -> str | None:
-    """As JSON; None where that is no Unicode: half a surrogate pair, escaped."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-        text.encode()
-    except (ValueError, RecursionError):
-        return None
-    return text
+        return CallFinder(self.form, self.schemas, self.single)
 
 
 def _long_id() -> str:
@@ -284,20 +236,48 @@ def _short_id() -> str:
     return "".join(secrets.choice(ALPHANUMERIC) for _ in range(9))
 
 
+def _object(head: Head, schema: Mapping[str, Any]) -> Reader:
+    return call_json.JsonArguments(wrapped=True)
+
+
+def _named_or_object(head: Head, schema: Mapping[str, Any]) -> Reader:
+    return call_json.JsonArguments(wrapped=not head.bare)
+
+
+def _tags(head: Head, schema: Mapping[str, Any]) -> Reader:
+    return call_xml.XmlArguments(schema)
+
+
+_TAGS = ("<tool_call>", "</tool_call>")
+_MISTRAL_MARKS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 FORMATS = {
     form.name: form
     for form in (
         CallFormat(
-            "hermes", "<tool_call>", "</tool_call>", ("<tool_call>", "</tool_call>"), _read_hermes, _long_id
+            "hermes", *_TAGS, _TAGS, call_json.head_of_hermes, _object, call_json.read_hermes, _long_id
         ),
-        CallFormat("llama3", "", "", (), _read_llama3, _long_id),
+        CallFormat(
+            "llama3", "", "", (), call_json.head_of_llama3, _object, call_json.read_llama3, _long_id
+        ),
         CallFormat(
             "mistral",
             "[TOOL_CALLS]",
             "",
-            ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
-            _read_mistral,
+            _MISTRAL_MARKS,
+            call_json.head_of_mistral,
+            _named_or_object,
+            call_json.read_mistral,
             _short_id,
+        ),
+        CallFormat(
+            "qwen3_coder",
+            *_TAGS,
+            _TAGS,
+            call_xml.head_of_xml,
+            _tags,
+            call_xml.read_xml,
+            _long_id,
+            call_xml.XmlBlock,
         ),
     )
 }

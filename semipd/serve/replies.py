@@ -12,7 +12,7 @@ import msgspec
 
 from semipd.core.types import Score
 from semipd.serve.alignment import Told
-from semipd.serve.calls import Call
+from semipd.serve.call_parts import Call, CallPart, joined
 from semipd.serve.messages import Submit
 from semipd.serve.scores import ScoreForms
 from semipd.serve.text import Delta
@@ -50,7 +50,7 @@ class Choice:
     tokens: list[int] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
     prompt_scores: list[Score] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[CallPart] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
@@ -118,8 +118,10 @@ class CompletionReply:
         return b""
 
     def event(self, delta: Delta, usage: Usage) -> bytes:
-        """One chunk; more where calls became complete."""
+        """One chunk; more where calls went on."""
         ahead = self._call_events(delta, usage) if delta.calls else b""
+        if ahead and delta.finish is None and not delta.told and not self._telling:
+            return ahead
         return ahead + self._chunk % (
             delta.index,
             _encode(delta.text) if not ahead else b'""',
@@ -209,14 +211,14 @@ class ChatReply(CompletionReply):
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
         if choice.calls:
             message["content"] = choice.text or None
-            message["tool_calls"] = [_call(call) for call in choice.calls]
+            message["tool_calls"] = [_call(call) for call in joined(choice.calls)]
         return {"message": message}
 
     def _call_events(self, delta: Delta, usage: Usage) -> bytes:
-        """Each call is a chunk of its own, and not the one with the finish: OpenAI's client reads a chunk's
-        finish before its calls."""
+        """Each part of a call is a chunk of its own, and not the one with the finish: OpenAI's client reads
+        a chunk's finish before its calls."""
         gains: list[dict[str, Any]] = [{"content": delta.text}] if delta.text else []
-        gains += [{"tool_calls": [{"index": call.index, **_call(call)}]} for call in delta.calls]
+        gains += [{"tool_calls": [_part(part)]} for part in delta.calls]
         form = b'%s{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null}%s'
         end = self._end(usage)
         return b"".join(form % (self._start, delta.index, _encode(gain), end) for gain in gains)
@@ -230,6 +232,12 @@ class ChatReply(CompletionReply):
 
     def _prompt_of_all(self) -> dict[str, Any]:
         return super()._prompt_of_choice(0) if self._extras.token_ids else {}
+
+
+def _part(part: CallPart) -> dict[str, Any]:
+    if part.id is None or part.name is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {"index": part.index, **_call(Call(part.index, part.id, part.name, part.arguments))}
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from semipd.core.types import FinishReason, Score
 from semipd.serve.alignment import Alignment, Told
-from semipd.serve.calls import Call, CallFinder
+from semipd.serve.call_parts import CallPart
+from semipd.serve.calls import CallFinder
 from semipd.serve.session import Piece
 from semipd.serve.stops import StopFinder
 from semipd.serve.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ class Delta:
     cached_tokens: prompt tokens found in the prefix cache, where the engine told.
     scores: of `tokens`; prompt_scores: of the prompt's tokens but the first, all with the first delta;
     told: the tokens whose text is now certain, with theirs. All empty unless asked for.
-    calls: of tools, complete with this delta; they are not in its text."""
+    calls: what came of calls of tools; it is not in the text."""
 
     index: int
     text: str
@@ -31,7 +32,7 @@ class Delta:
     scores: list[Score] = field(default_factory=list)
     prompt_scores: list[Score] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[CallPart] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

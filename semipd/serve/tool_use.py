@@ -73,15 +73,15 @@ class ToolUse:
         single: bool,
     ) -> Tools:
         """answer: the JSON schema of an answer without calls, as text; None: it is free."""
-        names = frozenset(tool["function"]["name"] for tool in told)
+        whole = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in told}
         wanted = told
         if isinstance(choice, NamedChoice):
             single = True
             wanted = [tool for tool in told if tool["function"]["name"] == choice.function.name]
             if not wanted:
                 raise Refused("tool_choice names none of the tools", "tool_choice")
-        rule = CallRule(form, names, single)
-        schemas = schemas_of(wanted, followed=strict if choice == "auto" else names)
+        rule = CallRule(form, whole, single)
+        schemas = schemas_of(wanted, followed=strict if choice == "auto" else frozenset(whole))
         for schema in schemas.values():
             check_schema(schema, "tools")
         if choice == "auto" and answer is None:

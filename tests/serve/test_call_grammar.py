@@ -11,7 +11,9 @@ from typing import Any
 import llguidance
 import pytest
 
+from semipd.core.errors import Refused
 from semipd.serve.call_grammar import CallGrammar, schemas_of
+from semipd.serve.call_parts import joined
 from semipd.serve.calls import FORMATS, CallFinder
 from tests.serve.fakes import make_folder, make_tokenizer
 
@@ -29,7 +31,7 @@ TOOLS = [
 NAMES = frozenset(("look", 'g"é'))
 ALL, STRICT = schemas_of(TOOLS, NAMES), schemas_of(TOOLS, {"look"})
 MARKS = {"<tool_call>": 3, "</tool_call>": 4, "[TOOL_CALLS]": 3, "[ARGS]": 4, "[CALL_ID]": 2}
-WAYS = [("hermes", False), ("llama3", False), ("mistral", False), ("mistral", True)]
+WAYS = [("hermes", False), ("llama3", False), ("mistral", False), ("mistral", True), ("qwen3_coder", False)]
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +81,14 @@ class Walk:
         return pieces
 
 
+def schema_in(name: str) -> dict[str, Any]:
+    return LOOK if name == "look" else {}
+
+
 def calls_in(form: str, pieces: Sequence[str]) -> tuple[str, list[tuple[str, Any]]]:
-    finder = CallFinder(FORMATS[form], NAMES)
+    finder = CallFinder(FORMATS[form], {name: schema_in(name) for name in NAMES})
     text, calls = finder.feed("".join(pieces), last=True)
-    return text, [(call.name, json.loads(call.arguments)) for call in calls]
+    return text, [(call.name, json.loads(call.arguments)) for call in joined(calls)]
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -113,7 +119,7 @@ def test_calls_or_an_answer_in_json(tokenizer: Any, form: str, by_name: bool) ->
     )
     marks = {text: MARKS[text] for text in FORMATS[form].marks} if by_name else {}
     grammar = CallGrammar(FORMATS[form], marks, by_name)
-    assert grammar.takes_answers == (form == "hermes" or by_name)
+    assert grammar.takes_answers == (form in ("hermes", "qwen3_coder") or by_name)
     if grammar.takes_answers:
         walk = Walk(tokenizer, grammar.required(ALL, False, schema), marks)
         assert walk.follows('{"b": 1}') and walk.follows("[1]")
@@ -138,6 +144,74 @@ def test_free_text_with_strict_calls(tokenizer: Any) -> None:
     assert not walk.follows(hermes(BAD)) and not walk.follows(hermes(EMPTY, "other"))
     assert not walk.follows("<tool_call> is a tag")
     assert walk.special_after("hi") == walk.special_after("") == {0}, "besides the end"
+
+
+TEXTS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "code": {"type": "string", "pattern": "^[a-z]+/(?:x|y)$", "maxLength": 5},
+        "has": {"type": "string", "pattern": "ab|c"},
+        "maybe": {"anyOf": [{"enum": ["one", "two"]}, {"type": "null"}]},
+        "place": {"$ref": "#/$defs/place"},
+        "list": {"type": "array", "items": {"$ref": "#/$defs/place"}},
+    },
+    "required": ["text"],
+    "$defs": {"place": {"type": "string", "minLength": 2}},
+}
+
+
+def tags(**arguments: str) -> str:
+    inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
+    return f"<tool_call>\n<function=look>\n{inner}</function>\n</tool_call>"
+
+
+def test_arguments_in_tags_follow_their_schemas(tokenizer: Any) -> None:
+    form = FORMATS["qwen3_coder"]
+    walk = Walk(tokenizer, CallGrammar(form, {}).required({"look": TEXTS}, True), {})
+    for good in (
+        {"text": ""},
+        {"text": '\n "é" <tag>\n\n</param\n'},
+        {"text": "5", "code": "ab/x"},
+        {"text": "5", "has": "xxc\n", "maybe": "two"},
+        {"text": "5", "maybe": "null", "place": "aé", "list": '["aé", "bbb"]'},
+    ):
+        assert walk.follows(tags(**good)), good
+        (call,) = joined(CallFinder(form, {"look": TEXTS}).feed(tags(**good), last=True)[1])
+        assert json.loads(call.arguments).keys() == good.keys()
+        assert json.loads(call.arguments)["text"] == good["text"]
+    for bad in (
+        {},
+        {"text": "x</parameter>"},
+        {"text": "x", "code": "ab/z"},
+        {"text": "x", "code": "abcd/x"},
+        {"text": "x", "has": "xx"},
+        {"text": "x", "maybe": "three"},
+        {"text": "x", "place": "a"},
+        {"text": "x", "list": '["a"]'},
+        {"text": "x", "other": "y"},
+        {"code": "ab/x", "text": "x"},
+    ):
+        assert not walk.follows(tags(**bad)), bad
+    free = Walk(tokenizer, CallGrammar(form, {}).allowed(schemas_of(TOOLS, ())), {})
+    assert free.follows("So: " + tags(what="is", that="?")) and not free.follows("<tool_call>{}")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "string", "format": "date"},
+        {"type": "string", "pattern": "^a|b$"},
+        {"enum": ["</parameter>"]},
+        {"type": "string", "maxLength": -1},
+    ],
+)
+def test_what_tags_cannot_follow_is_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(Refused):
+        CallGrammar(FORMATS["qwen3_coder"], {}).required({"f": {"properties": {"a": part}}}, True)
+    for schema in ({"anyOf": [{}]}, {"properties": {"a>": {}}}):
+        with pytest.raises(Refused):
+            CallGrammar(FORMATS["qwen3_coder"], {}).required({"f": schema}, True)
 
 
 def test_free_text_with_strict_calls_in_other_forms(tokenizer: Any) -> None:
