@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import httpx
 
@@ -65,6 +65,13 @@ class ChatError(Exception):
     """One answer could not be had; the conversation may go on."""
 
 
+class Piece(NamedTuple):
+    """Of an answer. thought: of what comes before it, where the server tells that apart."""
+
+    text: str
+    thought: str
+
+
 class Server:
     """Knows how to ask: one HTTP client and the sampling parameters."""
 
@@ -104,7 +111,7 @@ class Server:
             suggestions = []
         return model, [text for text in suggestions if isinstance(text, str)][:SUGGESTIONS_SHOWN]
 
-    def answer(self, model: str, messages: list[dict[str, str]]) -> Generator[str]:
+    def answer(self, model: str, messages: list[dict[str, str]]) -> Generator[Piece]:
         """Yield the pieces of the next answer. Closing the iterator ends the request on the server.
 
         Raises ChatError."""
@@ -115,7 +122,7 @@ class Server:
                     response.read()
                     raise ChatError(_refusal(response))
                 for line in _lines(response):
-                    if line.startswith(b"data:") and (piece := _piece(line[5:].strip())):
+                    if line.startswith(b"data:") and any(piece := _piece(line[5:].strip())):
                         yield piece
         except httpx.HTTPError as error:
             raise ChatError(f"the connection failed: {_reason(error)}") from None
@@ -143,16 +150,18 @@ def _lines(response: httpx.Response) -> Iterator[bytes]:
     yield rest
 
 
-def _piece(payload: bytes) -> str:
-    """The text in one event; "" when it has none. Raises ChatError for an error sent in the stream."""
+def _piece(payload: bytes) -> Piece:
+    """What is in one event. Raises ChatError for an error sent in the stream."""
     if payload == b"[DONE]":
-        return ""
+        return Piece("", "")
     try:
         chunk = json.loads(payload)
         if chunk.get("error"):
             raise ChatError(_message(chunk["error"]))
         choices = chunk.get("choices") or [{}]
-        return str((choices[0].get("delta") or {}).get("content") or "")
+        delta = choices[0].get("delta") or {}
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        return Piece(str(delta.get("content") or ""), str(thought or ""))
     except (ValueError, AttributeError, TypeError, LookupError):
         raise ChatError("the server sent something that is no chat chunk") from None
 
@@ -214,6 +223,7 @@ class Chat:
         self._conversation = Conversation(system)
         self._out, self._notes = out, notes
         self.failures = 0
+        self._thinking = False
 
     def run(self, read: Callable[[], str]) -> None:
         """Until `read` raises EOFError (Ctrl-D) or the user quits."""
@@ -260,9 +270,13 @@ class Chat:
         stream = self._server.answer(self._model, self._conversation.with_turn(text))
         try:
             for piece in stream:
-                pieces.append(piece)
-                self._out.write(printable(piece))
-                self._out.flush()
+                if self._interactive:
+                    self._think(piece.thought)
+                if piece.text:
+                    self._think("")
+                    pieces.append(piece.text)
+                    self._out.write(printable(piece.text))
+                    self._out.flush()
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
@@ -273,10 +287,20 @@ class Chat:
             return
         finally:
             stream.close()  # ends the request
+            self._think("")
         self._out.write("\n")
         self._out.flush()
         if pieces:
             self._conversation.add(text, "".join(pieces))
+
+    def _think(self, thought: str) -> None:
+        """Show what the model thinks, paler than its answers; "": nothing more of it."""
+        pale, normal = ("\x1b[2m", "\x1b[0m") if self._notes.isatty() else ("", "")
+        if thought or self._thinking:
+            text = f"{pale}{printable(thought)}{normal}" if thought else "\n\n"
+            self._notes.write(text)
+            self._notes.flush()
+        self._thinking = bool(thought)
 
 
 def printable(text: str) -> str:

@@ -28,6 +28,7 @@ MAX_CLASSES = 16
 NEUTRAL_CLASSES = ("auto", "default")  # names that a request may give to say nothing
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_CALL_PARSERS = ("auto", "hermes", "llama3", "mistral", "qwen3_coder", "none")
+REASONING_PARSERS = ("auto", "qwen3", "deepseek_r1", "none")
 
 _CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -206,6 +207,12 @@ class ServerConfig:
         "how the model writes calls of tools (auto: as its chat template does; none: not looked for)",
         "choice",
         choices=TOOL_CALL_PARSERS,
+    )
+    reasoning_parser: str = _setting(
+        "auto",
+        "how the model thinks before it answers (auto: as its chat template shows; none: not told apart)",
+        "choice",
+        choices=REASONING_PARSERS,
     )
     record_trace: str | None = _setting(
         None, "append times and lengths of requests to this file, for semipd simulate", metavar="FILE"

@@ -35,6 +35,8 @@ HINTS = {
     "--enable-auto-tool-choice": "calls of tools are looked for where the chat template shows their form",
     "--jinja": "chat templates are always used where a model has one",
     "--chat-template-file": "use --chat-template",
+    "--enable-reasoning": "use --reasoning-parser",
+    "--reasoning-format": "use --reasoning-parser",
     "--enforce-eager": "there is nothing to compile on a CPU, and graphs on a GPU are always captured",
     "--trust-remote-code": "code from model folders is never run",
     "--tensor-parallel-size": _ONE_DEVICE,

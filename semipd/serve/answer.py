@@ -95,7 +95,8 @@ class Answer(Response):
             None if best is None else ScoreForms(self._service.tokenizer, best)
             for best in (logprobs_of(body), body.prompt_logprobs)
         )
-        extras = Extras(output, prompt, bool(body.return_token_ids))
+        told = not isinstance(body, ChatBody) or body.include_reasoning is not False
+        extras = Extras(output, prompt, bool(body.return_token_ids), told)
         return kind(self._service.name, plan.submits, usage, extras, body.request_id)
 
     async def _stream(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:

@@ -103,6 +103,23 @@ class CallGrammar:
         return f"<[{self._marks[text]}]>" if text in self._marks else _literal(text)
 
 
+def answer_grammar(schema: str) -> str:
+    """Nothing but JSON of this schema, given as text."""
+    return f"start: {_json_of(json.loads(schema))}"
+
+
+def behind_reasoning(grammar: str, begun: bool, tags: tuple[str, str], marks: Mapping[str, int]) -> str:
+    """What this grammar allows, and reasoning before it. begun: which has begun already. tags: what it is
+    between. marks: ids of those that are special tokens."""
+    first, rest = grammar.removeprefix("start: ").split("\n", 1)
+    opening, closing = (f"<[{marks[tag]}]>" if tag in marks else _literal(tag) for tag in tags)
+    thought = f"THOUGHT {closing}" if tags[1] in marks else "thought"
+    start = f"{thought} BLANKS reply" if begun else f"({opening} {thought} BLANKS)? reply"
+    pattern = f"/(?s:.*){tags[1].replace('/', chr(92) + '/')}/"
+    said = "THOUGHT: /(?s:.*)/" if tags[1] in marks else f"thought[lazy]: {pattern}"
+    return f"start: {start}\nBLANKS: /[ \\n]{{0,4}}/\n{said}\nreply: {first}\n{rest}"
+
+
 def schemas_of(tools: Sequence[Mapping[str, Any]], followed: Container[str]) -> Schemas:
     """Of each of the tools, by name. followed: names of those whose own counts; others take any object."""
     functions = [tool["function"] for tool in tools]

@@ -69,7 +69,9 @@ class XmlArguments:
         if match := _PARAMETER.match(rest):
             key = match[1]
             head = ", " if self._some else "{"
-            self._types = types_of((self._schema.get("properties") or {}).get(key), self._schema)
+            properties = self._schema.get("properties")
+            part = properties.get(key) if isinstance(properties, Mapping) else None
+            self._types = types_of(part, self._schema)
             self._some = self._fresh = True
             self._searched = 0
             quote = '"' if self._types == TEXT else ""

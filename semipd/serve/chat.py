@@ -37,6 +37,7 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: Tokenizer, with_tools: str | None = None) -> None:
         """with_tools: a second template, for conversations with tools."""
         self._template, self._looks_at = _compiled(source)
+        self._sources = source + (with_tools or "")
         self.tool_source = source if "tools" in self._looks_at else None
         self._with_tools = self._template
         if with_tools is not None:
@@ -53,6 +54,14 @@ class ChatTemplate:
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
             if (text := tokenizer.named_special(name)) is not None
         }
+
+    def mentions(self, text: str) -> bool:
+        """Whether the template has this text in it."""
+        return text in self._sources
+
+    def looks_at(self, name: str) -> bool:
+        """Whether the template has this variable."""
+        return name in self._looks_at
 
     def encode(
         self,

@@ -29,10 +29,12 @@ _FORMAT = "response_format"
 
 
 class Lark(NamedTuple):
-    """A grammar of calls of tools. spelled: the same without special tokens, by which it is checked."""
+    """A grammar of calls of tools, or of what param asks for. spelled: the same without special tokens, by
+    which it is checked."""
 
     text: str
     spelled: str
+    param: str = "tools"
 
 
 class ConstraintMaker:
@@ -85,14 +87,14 @@ class ConstraintMaker:
         if known is not None:
             return known
         if len(lark.text) > MAX_SCHEMA_BYTES:
-            raise Refused(
-                f"tools: a grammar of {len(lark.text)} bytes; at most {MAX_SCHEMA_BYTES}", "tools"
-            )
+            message = f"{lark.param}: a grammar of {len(lark.text)} bytes; at most {MAX_SCHEMA_BYTES}"
+            raise Refused(message, lark.param)
         try:
             check_grammar(grammar_of_lark(lark.spelled))
             grammar = grammar_of_lark(lark.text)
         except GrammarError as error:
-            raise Refused(f"tools: these schemas are not supported: {error}", "tools") from None
+            message = f"{lark.param}: this schema is not supported: {error}"
+            raise Refused(message, lark.param) from None
         return self._keep(lark.text, grammar)
 
     def _keep(self, source: str, grammar: str) -> str:

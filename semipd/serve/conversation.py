@@ -16,6 +16,7 @@ MAX_CALLS = 128  # of one message
 MAX_DEPTH = 64  # of a tool's schema, and of a call's arguments
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[^\s\x00-\x20]{1,128}")
+_THOUGHTS = (("reasoning_content", "assistant"), ("reasoning", "assistant"))
 _ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -50,6 +51,7 @@ class ToolCall(_Strict, kw_only=True):
 class ChatMessage(_Strict, kw_only=True):
     """One turn. tool_calls: of the role assistant, whose content may then be null. tool_call_id, name: of
     the role tool; the call that it answers. parsed: what OpenAI's client makes of the content; not read.
+    reasoning_content (reasoning is the same): what the role assistant thought before its content.
     The other fields are in answers that clients send back; here they hold nothing."""
 
     role: str
@@ -57,6 +59,8 @@ class ChatMessage(_Strict, kw_only=True):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     parsed: Any = None
     annotations: None = None
     audio: None = None
@@ -147,12 +151,20 @@ def _plain(message: ChatMessage, where: str) -> dict[str, Any]:
     role = message.role
     if role not in ROLES:
         raise Refused(f"the role of a message must be one of {', '.join(ROLES)}", "messages")
-    for name, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool"), ("name", "tool")):
+    for name, owner in (
+        ("tool_calls", "assistant"),
+        ("tool_call_id", "tool"),
+        ("name", "tool"),
+        *_THOUGHTS,
+    ):
         if getattr(message, name) and role != owner:
             raise Refused(f"{where}.{name} is for the role {owner}", "messages")
-    if message.content is None and not message.tool_calls:
+    thought = message.reasoning_content or message.reasoning
+    if message.content is None and not message.tool_calls and not thought:
         raise Refused(f"{where}.content is missing", "messages")
     plain: dict[str, Any] = {"role": role, "content": _text(message.content)}
+    if thought:
+        plain["reasoning_content"] = thought
     if message.tool_calls:
         plain["tool_calls"] = _calls(message.tool_calls, f"{where}.tool_calls")
     if role == "tool":

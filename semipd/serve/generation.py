@@ -20,6 +20,7 @@ from semipd.serve.constraint import ConstraintMaker, Lark
 from semipd.serve.messages import EngineInfo, Submit
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import SamplingParams
+from semipd.serve.reasoning import MARKS, ReasoningRule
 from semipd.serve.session import Session
 from semipd.serve.text import Delta, Echo, TextStream, find_calls
 from semipd.serve.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ class Plan:
     """Requests ready to be submitted. Prompt p's choice c is request p * params.n + c.
 
     echoes: of each request, where prompts are to be repeated. told: whether the tokens of the texts are.
-    calls: how those of tools are found in a text, where they are."""
+    calls, reasoning: how those of tools, and what the model thinks, are found in a text, where they are."""
 
     submits: list[Submit]
     params: list[SamplingParams]  # of each request, complete
@@ -40,6 +41,7 @@ class Plan:
     echoes: Sequence[Echo] = ()
     told: bool = False
     calls: CallRule | None = None
+    reasoning: ReasoningRule | None = None
 
 
 class RequestMaker:
@@ -200,15 +202,19 @@ async def generate(
             Alignment() if plan.told and params.logprobs is not None else None,
             submit.prompt_tokens,
             params.include_stop_str_in_output,
-            _shown(tokenizer, params, plan.calls),
+            _shown(tokenizer, params, plan),
         )
         for index, (params, submit) in enumerate(zip(plan.params, plan.submits, strict=True))
     ]
     finders = [plan.calls.finder() for _ in plan.submits] if plan.calls is not None else []
+    thoughts = [plan.reasoning.finder() for _ in plan.submits] if plan.reasoning is not None else []
     with session.submit(plan.submits) as stream:
         async for pieces in stream:
             deltas = [texts[piece.index].feed(piece) for piece in pieces]
             for delta in deltas:
+                if thoughts:
+                    finder = thoughts[delta.index]
+                    delta.reasoning, delta.text = finder.feed(delta.text, last=delta.finish is not None)
                 if finders:
                     find_calls(finders[delta.index], delta)
                 if delta.finish is not None:
@@ -216,13 +222,14 @@ async def generate(
             yield deltas
 
 
-def _shown(tokenizer: Tokenizer | None, params: SamplingParams, calls: CallRule | None) -> frozenset[int]:
-    """Special tokens that have a text: all, or those that calls are made of."""
+def _shown(tokenizer: Tokenizer | None, params: SamplingParams, plan: Plan) -> frozenset[int]:
+    """Special tokens that have a text: all, or those that calls and reasoning are made of."""
     if tokenizer is None:
         return frozenset()
     if not params.skip_special_tokens:
         return frozenset(tokenizer.special.values())
-    return tokenizer.shown(calls.form.marks) if calls is not None else frozenset()
+    marks = plan.calls.form.marks if plan.calls is not None else ()
+    return tokenizer.shown((*marks, *MARKS) if plan.reasoning is not None else marks)
 
 
 def mix(seed: int, number: int) -> int:

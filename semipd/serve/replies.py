@@ -51,6 +51,7 @@ class Choice:
     told: list[Told] = field(default_factory=list)
     prompt_scores: list[Score] = field(default_factory=list)
     calls: list[CallPart] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
@@ -59,6 +60,7 @@ class Choice:
         self.told += delta.told
         self.prompt_scores += delta.prompt_scores
         self.calls += delta.calls
+        self.thoughts.append(delta.reasoning)
 
     @property
     def text(self) -> str:
@@ -67,11 +69,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Extras:
-    """What is told besides the text. logprobs, prompt_logprobs: how; None: they are not."""
+    """What is told besides the text. logprobs, prompt_logprobs: how; None: they are not.
+    reasoning: if it was told from the answer."""
 
     logprobs: ScoreForms | None = None
     prompt_logprobs: ScoreForms | None = None
     token_ids: bool = False
+    reasoning: bool = True
 
 
 class CompletionReply:
@@ -118,8 +122,8 @@ class CompletionReply:
         return b""
 
     def event(self, delta: Delta, usage: Usage) -> bytes:
-        """One chunk; more where calls went on."""
-        ahead = self._call_events(delta, usage) if delta.calls else b""
+        """One chunk; more where calls or reasoning went on."""
+        ahead = self._events_ahead(delta, usage) if delta.calls or delta.reasoning else b""
         if ahead and delta.finish is None and not delta.told and not self._telling:
             return ahead
         return ahead + self._chunk % (
@@ -131,8 +135,8 @@ class CompletionReply:
             self._end(usage),
         )
 
-    def _call_events(self, delta: Delta, usage: Usage) -> bytes:
-        """Those of a delta's text and calls, where this API has calls."""
+    def _events_ahead(self, delta: Delta, usage: Usage) -> bytes:
+        """Those of a delta's reasoning, text and calls, where this API has more than text."""
         return b""
 
     def last(self, usage: Usage) -> bytes:
@@ -209,15 +213,21 @@ class ChatReply(CompletionReply):
 
     def _said(self, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        thought = "".join(choice.thoughts)
+        if thought:
+            message["content"] = choice.text or None
+            message |= {"reasoning_content": thought} if self._extras.reasoning else {}
         if choice.calls:
             message["content"] = choice.text or None
             message["tool_calls"] = [_call(call) for call in joined(choice.calls)]
         return {"message": message}
 
-    def _call_events(self, delta: Delta, usage: Usage) -> bytes:
+    def _events_ahead(self, delta: Delta, usage: Usage) -> bytes:
         """Each part of a call is a chunk of its own, and not the one with the finish: OpenAI's client reads
         a chunk's finish before its calls."""
-        gains: list[dict[str, Any]] = [{"content": delta.text}] if delta.text else []
+        told = delta.reasoning if self._extras.reasoning else ""
+        gains: list[dict[str, Any]] = [{"reasoning_content": told}] if told else []
+        gains += [{"content": delta.text}] if delta.text else []
         gains += [{"tool_calls": [_part(part)]} for part in delta.calls]
         form = b'%s{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null}%s'
         end = self._end(usage)

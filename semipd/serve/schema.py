@@ -153,7 +153,8 @@ class ChatBody(GenerationBody, kw_only=True):
     position; needs logprobs. parallel_tool_calls: false ends the answer with its first call.
     continue_final_message: go on with the last message instead of answering it (add_generation_prompt must
     then be false). echo: an assistant's last message comes before its continuation.
-    chat_template_kwargs: variables of the model's chat template."""
+    chat_template_kwargs: variables of the model's chat template; reasoning_effort is one of them, where it
+    has that. include_reasoning: false leaves out what the model thinks before its answer."""
 
     messages: list[ChatMessage]
     tools: list[Tool] | None = None
@@ -163,6 +164,8 @@ class ChatBody(GenerationBody, kw_only=True):
     continue_final_message: bool | None = None
     echo: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -65,8 +65,8 @@ def run_server(config: Config, engine: EngineProcess) -> int:
             classes = config.policy.classes or ()
             maker = RequestMaker(folder, config.model.seed, config.cache.prefix_cache, classes, tokenizer)
             limits = Limits.of(config.server)
-            parser = config.server.tool_call_parser
-            service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits, parser)
+            parsers = config.server.tool_call_parser, config.server.reasoning_parser
+            service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits, *parsers)
             return asyncio.run(_Server(config, service, listener).run())
         finally:
             link.kill()

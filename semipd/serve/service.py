@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from semipd.core.errors import EngineDead, Refused
 from semipd.serve.chat import ChatTemplate
+from semipd.serve.constraint import schema_of
 from semipd.serve.conversation import ChatMessage, messages_of, texts_of, tools_of
 from semipd.serve.errors import ApiError
 from semipd.serve.gate import Gate, Limits
@@ -18,6 +19,7 @@ from semipd.serve.generation import Plan, RequestMaker
 from semipd.serve.messages import EngineInfo
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import MAX_TOKEN_ID, SamplingParams
+from semipd.serve.reasoning import Reasoning
 from semipd.serve.schema import (
     ChatBody,
     CompletionBody,
@@ -58,6 +60,7 @@ class Service:
         session: Session,
         limits: Limits,
         tool_call_parser: str = "auto",
+        reasoning_parser: str = "auto",
     ) -> None:
         self.name = name
         self.model = model
@@ -66,6 +69,7 @@ class Service:
         self.gate = Gate(limits)
         self._chat = chat
         self._tool_use = ToolUse(chat, tokenizer, tool_call_parser)
+        self._reasoning = Reasoning(chat, tokenizer, reasoning_parser)
         self._maker = maker
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
@@ -118,13 +122,17 @@ class Service:
             cut = body.truncate_prompt_tokens is not None
             messages = self._messages(body.messages, tools.told, None if cut else engine.limit)
             params = params_of(body, asked, None)
-            if tools.grammar is not None:  # which has the response format in it
-                params = replace(params, response_format=None)
             ids = _last(_rendered(chat, messages, tools.told, body), body, asked, engine.limit)
-            plan = self._maker.plan([ids], params, engine, salt, arrived, tools.grammar)
-            repeated = body.echo and messages[-1]["role"] == "assistant"
+            repeated = bool(body.echo) and messages[-1]["role"] == "assistant"
+            said = messages[-1]["content"] if body.continue_final_message else None
+            rule, grammar = self._reasoning.of(ids, said, repeated), tools.grammar
+            if rule is not None:
+                grammar = self._reasoning.before(rule, tools, schema_of(params.response_format))
+            if grammar is not None:  # which has the response format in it
+                params = replace(params, response_format=None)
+            plan = self._maker.plan([ids], params, engine, salt, arrived, grammar)
             echoes = [Echo(messages[-1]["content"], ())] * params.n if repeated else []
-            return replace(_bounded(plan), told=True, calls=tools.calls, echoes=echoes)
+            return replace(_bounded(plan), told=True, calls=tools.calls, echoes=echoes, reasoning=rule)
 
         try:
             return await self._off_loop(work)
@@ -203,7 +211,7 @@ class Service:
     ) -> list[dict[str, Any]]:
         """As a template takes them, unless their texts and those of the tools cannot fit together."""
         plain = messages_of(messages)
-        texts = "".join(text for message in plain for text in texts_of(message["content"]))
+        texts = "".join(message["content"] + message.get("reasoning_content", "") for message in plain)
         texts += "".join(
             texts_of([message.get("tool_calls", ()) for message in plain]) + texts_of(list(tools))
         )
@@ -274,7 +282,13 @@ def _rendered(
     if open_end and messages[-1].get("tool_calls"):
         message = "the last message has calls of tools and cannot go on"
         raise Refused(message, "continue_final_message")
-    return chat.encode(messages, prompted, tools, body.chat_template_kwargs or {}, open_end)
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        if not chat.looks_at("reasoning_effort"):
+            message = "reasoning_effort: this model's chat template has no such variable"
+            raise Refused(message, "reasoning_effort")
+        variables["reasoning_effort"] = body.reasoning_effort
+    return chat.encode(messages, prompted, tools, variables, open_end)
 
 
 def _last(ids: list[int], body: GenerationBody, max_tokens: int | None, limit: int) -> list[int]:

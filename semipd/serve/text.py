@@ -22,7 +22,7 @@ class Delta:
     cached_tokens: prompt tokens found in the prefix cache, where the engine told.
     scores: of `tokens`; prompt_scores: of the prompt's tokens but the first, all with the first delta;
     told: the tokens whose text is now certain, with theirs. All empty unless asked for.
-    calls: what came of calls of tools; it is not in the text."""
+    calls, reasoning: what came of calls of tools, and of what the model thinks; it is not in the text."""
 
     index: int
     text: str
@@ -33,6 +33,7 @@ class Delta:
     prompt_scores: list[Score] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
     calls: list[CallPart] = field(default_factory=list)
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)

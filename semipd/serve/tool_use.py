@@ -20,11 +20,13 @@ from semipd.serve.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Tools:
     """told: for the template. calls: what to look for in the answer. grammar: what that has to follow,
-    where calls or their arguments are not up to the model; it allows what the response format does, too."""
+    where calls or their arguments are not up to the model; it allows what the response format does, too.
+    free: it allows any text without calls."""
 
     told: Sequence[dict[str, Any]] = ()
     calls: CallRule | None = None
     grammar: Lark | None = None
+    free: bool = False
 
 
 class ToolUse:
@@ -87,7 +89,8 @@ class ToolUse:
         if choice == "auto" and answer is None:
             if not strict:
                 return Tools(told, rule)
-            return Tools(told, rule, Lark(*(grammar.allowed(schemas) for grammar in self._grammars)))
+            grammar = Lark(*(grammar.allowed(schemas) for grammar in self._grammars))
+            return Tools(told, rule, grammar, free=True)
         answer = answer if choice == "auto" else None
         if answer is not None and not self._grammars[0].takes_answers:
             message = "this model's calls look like JSON; with a response_format give tool_choice"

@@ -29,8 +29,10 @@ def arguments_grammar(rule: str, schema: Schema, json_of: Callable[[Mapping[str,
     for word in _OF_OBJECTS:
         if word in schema:
             raise Refused(f"tools: {word} cannot be followed in this model's form of calls", "tools")
-    properties = schema.get("properties")
-    required = [key for key in schema.get("required") or () if isinstance(key, str)]
+    properties, given = schema.get("properties") or {}, schema.get("required") or []
+    if not isinstance(properties, Mapping) or not isinstance(given, list):
+        raise Refused("tools: properties must be an object, and required a list", "tools")
+    required = [key for key in given if isinstance(key, str)]
     if not properties and not required and schema.get("additionalProperties") is not False:
         name, close = rule.upper(), _terminal([_ANY])
         return (
@@ -39,7 +41,7 @@ def arguments_grammar(rule: str, schema: Schema, json_of: Callable[[Mapping[str,
             f"{name}KEY: /<parameter=[^<>\\n]{{1,64}}>\\n/\n"
             f"{rule}text[lazy]: {name}TEXT\n{name}TEXT: {close}\n"
         )
-    wanted = dict(properties or {}) | {key: {} for key in required if key not in (properties or {})}
+    wanted = dict(properties) | {key: {} for key in required if key not in properties}
     marks = [f"{rule}p{place}" + "?" * (key not in required) for place, key in enumerate(wanted)]
     rules = [f"{rule}: {' '.join(marks) or _literal('')}\n"]
     for place, (key, part) in enumerate(wanted.items()):

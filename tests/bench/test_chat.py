@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import pty
 import signal
 import sys
 import time
+from collections.abc import Generator
+from typing import cast
 
 import pytest
 
-from semipd.chat import Options, printable
+from semipd.chat import Chat, Options, Piece, Server, printable
 from semipd.core.errors import ConfigError
 from tests.bench.mock import Mock
 
@@ -51,6 +54,25 @@ def test_a_scripted_conversation_remembers() -> None:
     assert third == [system, {"role": "user", "content": "three"}]
     assert server.requests[0]["temperature"] == 0.5 and server.requests[0]["max_tokens"] == 9
     assert "top_p" not in server.requests[0]  # what was not asked for is the server's choice
+
+
+class Thinker:
+    """A server that tells what it thinks."""
+
+    def answer(self, model: str, messages: list[dict[str, str]]) -> Generator[Piece]:
+        yield Piece("", "let me")
+        yield Piece("", " see")
+        yield Piece("yes", "")
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_thoughts_are_shown_to_people_and_not_sent_back(interactive: bool) -> None:
+    out, notes = io.StringIO(), io.StringIO()
+    chat = Chat(cast(Server, Thinker()), "m", None, out, notes, interactive)
+    lines = iter(["so?", "/quit"])
+    chat.run(lambda: next(lines))
+    assert out.getvalue() == "yes\n" and notes.getvalue() == ("let me see\n\n" if interactive else "")
+    assert chat._conversation.turns[-1] == {"role": "assistant", "content": "yes"}
 
 
 def test_a_system_message_can_be_set_and_shown() -> None:

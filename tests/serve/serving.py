@@ -50,6 +50,7 @@ def serving(
     policy: PolicyConfig = PolicyConfig(),
     metrics_alias: str | None = None,
     tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
     length: int = MAX_LENGTH,
 ) -> Iterator[Serving]:
     """Serve the folder's tokenizer over the executor's tokens until the block ends. policy: its targets."""
@@ -62,7 +63,8 @@ def serving(
     tokenizer = Tokenizer(folder)
     chat = load_chat_template(folder, tokenizer)
     maker = RequestMaker(model, classes=policy.classes or (), tokenizer=tokenizer)
-    service = Service("tiny", model, tokenizer, chat, maker, session, limits, tool_call_parser)
+    parsers = tool_call_parser, reasoning_parser
+    service = Service("tiny", model, tokenizer, chat, maker, session, limits, *parsers)
     http = http_server(create_app(service, "1.2.3", api_key, metrics_alias), limits)
     listener = socket.create_server(("127.0.0.1", 0))
 

@@ -12,7 +12,7 @@ import llguidance
 import pytest
 
 from semipd.core.errors import Refused
-from semipd.serve.call_grammar import CallGrammar, schemas_of
+from semipd.serve.call_grammar import CallGrammar, answer_grammar, behind_reasoning, schemas_of
 from semipd.serve.call_parts import joined
 from semipd.serve.calls import FORMATS, CallFinder
 from tests.serve.fakes import make_folder, make_tokenizer
@@ -228,3 +228,32 @@ def test_free_text_with_strict_calls_in_other_forms(tokenizer: Any) -> None:
     assert walk.follows("hi") and walk.follows("hi", 3, "look", 4, LOOKS, 3, "look", 4, LOOKS)
     assert walk.special_after("hi") == {0, 3}
     assert not walk.follows(3, "look", 4, BAD) and not walk.follows(3, "other", 4, EMPTY)
+
+
+def test_an_answer_that_follows_a_grammar_may_be_thought_about(tokenizer: Any) -> None:
+    tags = ("<think>", "</think>")
+    answer = answer_grammar('{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}')
+    walk = Walk(tokenizer, behind_reasoning(answer, False, tags, {}), {})
+    thought = "so {} <think> it\nis</"
+    for good in ('{"a": 1}', f'<think>{thought}</think>\n\n{{"a": 1}}', '<think></think>{"a": 1}'):
+        assert walk.follows(good), good
+    for bad in (
+        thought,
+        "{}",
+        f"<think>{thought}</think>",
+        "<think></think>{}",
+        f'{thought}</think>{{"a": 1}}',
+    ):
+        assert not walk.follows(bad), bad
+    walk = Walk(tokenizer, behind_reasoning(answer, True, tags, {}), {})
+    assert walk.follows(f'{thought}</think>\n{{"a": 1}}') and not walk.follows('{"a": 1}')
+
+    calls = CallGrammar(FORMATS["hermes"], {}).required(STRICT, False)
+    walk = Walk(tokenizer, behind_reasoning(calls, False, tags, {}), {})
+    assert walk.follows(hermes(LOOKS)) and walk.follows(f"<think>{hermes(BAD)}</think>\n{hermes(LOOKS)}")
+    assert not walk.follows(f"<think>{hermes(LOOKS)}</think>")
+
+    marks = {"<think>": 2, "</think>": 3}
+    walk = Walk(tokenizer, behind_reasoning(answer, False, tags, marks), marks)
+    assert walk.follows('{"a": 1}') and walk.follows(2, "</think> so", 3, '\n{"a": 1}')
+    assert not walk.follows('<think>so</think>{"a": 1}') and not walk.follows(2, "so", 3)
