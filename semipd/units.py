@@ -9,6 +9,7 @@ from semipd.core.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
 _TIME = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|m|h|)\s*$", re.IGNORECASE)
+_LONGEST = 64  # characters; the patterns take quadratic time, and a header of a request is read with one
 _SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -18,9 +19,9 @@ def parse_size(text: str | int) -> int:
     A fraction needs a unit, of which it leaves whole ones. Raises ConfigError."""
     if isinstance(text, int) and not isinstance(text, bool):
         return text
-    match = _SIZE.match(str(text))
-    if not match:
-        raise ConfigError(f"{text!r} is not a size; write 4096, 32K or 2GiB")
+    match = _SIZE.match(shown := str(text)[: _LONGEST + 1])
+    if not match or len(shown) > _LONGEST:
+        raise ConfigError(f"{shown!r} is not a size; write 4096, 32K or 2GiB")
     power = " kmgt".index(match[2].lower() or " ")
     size = Decimal(match[1]) * 1024**power
     if not power and size != int(size):
@@ -32,7 +33,7 @@ def parse_seconds(text: str | float) -> float:
     """A time in seconds: 0.3, "300ms", "2m". A bare number is seconds. Raises ConfigError."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         return float(text)
-    match = _TIME.match(str(text))
-    if not match:
-        raise ConfigError(f"{text!r} is not a time; write 0.3, 300ms or 2m")
+    match = _TIME.match(shown := str(text)[: _LONGEST + 1])
+    if not match or len(shown) > _LONGEST:
+        raise ConfigError(f"{shown!r} is not a time; write 0.3, 300ms or 2m")
     return float(match[1]) * _SECONDS[match[2].lower()]

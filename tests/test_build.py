@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,15 @@ def test_sizes(text: str | int, value: int) -> None:
 )
 def test_times(text: str | float, value: float) -> None:
     assert parse_seconds(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["1" * 5000 + "x", "1" + " " * 5000 + "x"])
+@pytest.mark.parametrize("parse", [parse_size, parse_seconds])
+def test_a_long_text_is_refused_unread(parse: Callable[[str], object], text: str) -> None:
+    """A header of 60 KiB kept the event loop, and with it every stream, for minutes."""
+    with pytest.raises(ConfigError) as refused:
+        parse(text)
+    assert len(str(refused.value)) < 200
 
 
 NUMBERS = ("size", "integer", "number", "seconds")
