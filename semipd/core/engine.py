@@ -161,7 +161,7 @@ class Engine:
             if not idle:
                 return
             plan = self._policy.plan(idle, live, self.kv, self.clock.now())
-            self._tell_preemptions()
+            preempted = self._tell_preemptions()
             if plan.split != self._split:
                 self._split = plan.split
                 self.executor.resize(plan.split)
@@ -173,9 +173,10 @@ class Engine:
                     self._submit(lane, slices, self._granted)
                     launched = True
             if not launched:
-                if not live.in_flight:
+                if live.in_flight:
+                    return
+                if not preempted:  # else the next plan sees what gave way
                     raise AssertionError("requests are live, nothing runs, and the policy launches nothing")
-                return
 
     def _submit(self, lane: Lane, slices: Sequence[Slice], split: Split) -> None:
         live, executor, now = self.live, self.executor, self.clock.now()
@@ -323,10 +324,12 @@ class Engine:
         for request in list(self._by_id.values()):
             self._finish(request, FinishReason.ERROR, why)
 
-    def _tell_preemptions(self) -> None:
-        for request in self.live.preempted:
+    def _tell_preemptions(self) -> bool:
+        """Whether there were any."""
+        preempted, self.live.preempted = self.live.preempted, []
+        for request in preempted:
             self._emit(Preempted(self.clock.now(), request))
-        self.live.preempted.clear()
+        return bool(preempted)
 
     def _emit(self, event: Event) -> None:
         for observer in self._observers:
