@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ MAX_EOS = 16
 MAX_SUGGESTIONS = 8
 MAX_SUGGESTION = 200
 UNSUPPORTED_DEFAULTS = {"no_repeat_ngram_size": 0, "typical_p": 1.0}
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: cannot be sent or shown
 
 log = logging.getLogger("semipd")
 
@@ -48,7 +51,7 @@ def read_model_folder(path: str | Path, own_defaults: bool = True) -> ModelFolde
     if isinstance(vocabulary, bool) or not isinstance(vocabulary, int) or not 1 <= vocabulary < 2**31:
         raise ConfigError(f"{folder / 'config.json'}: vocab_size is {vocabulary!r}, not a count")
     generation = read_json(folder / "generation_config.json") or {}
-    eos = _ids(generation.get("eos_token_id")) or _ids(text.get("eos_token_id"))
+    eos = _ids(generation.get("eos_token_id"), vocabulary) or _ids(text.get("eos_token_id"), vocabulary)
     if len(eos) > MAX_EOS:
         raise ConfigError(f"{folder}: {len(eos)} end-of-sequence ids; at most {MAX_EOS} can be used")
     defaults = _defaults(folder, generation) if own_defaults else Defaults()
@@ -73,12 +76,15 @@ def _suggestions(folder: Path) -> tuple[str, ...]:
     value = (read_json(folder / "suggestions.json") or {}).get("suggestions")
     texts = value if isinstance(value, list) else []
     short = [text for text in texts if isinstance(text, str) and 0 < len(text) <= MAX_SUGGESTION]
-    return tuple(short[:MAX_SUGGESTIONS])
+    return tuple([text for text in short if not _SURROGATE.search(text)][:MAX_SUGGESTIONS])
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
+def _ids(value: Any, vocabulary: int) -> tuple[int, ...]:
+    """Distinct token ids; what no model can say is left out: some write -1 for none."""
+    ids = [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
+    if beyond := [i for i in ids if i >= vocabulary]:
+        log.warning("eos_token_id %.30s is beyond the vocabulary of %d; ignored", beyond[0], vocabulary)
+    return tuple(dict.fromkeys(i for i in ids if i < vocabulary))
 
 
 def _defaults(folder: Path, generation: dict[str, Any]) -> Defaults:

@@ -154,7 +154,7 @@ def test_unknown_layer_types_are_refused(layer_types: Any) -> None:
         ModelSpec.from_config(config("Qwen3ForCausalLM", layer_types=layer_types))
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [None, "{", "[]", b"\xff\xfe\x00", "[" * 100_000])
 def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path, content: str | bytes | None) -> None:
     path = tmp_path / "config.json"
     if content is not None:

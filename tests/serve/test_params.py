@@ -159,6 +159,14 @@ def test_a_length_that_no_message_has_is_refused() -> None:
         list(Unframer().feed(b"\xff" * 8))
 
 
+def test_what_a_folder_names_and_nobody_can_say_is_left_out(tmp_path: Path) -> None:
+    """Ids beyond the vocabulary failed whole batches, and half a character the greeting."""
+    folder = make_folder(tmp_path, eos_token_id=[0, 400, 3, 2**70, -1])
+    (folder / "suggestions.json").write_text('{"suggestions": ["a\\ud800", "b"]}')
+    model = read_model_folder(folder)
+    assert model.eos == (0, 3) and model.suggestions == ("b",)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
