@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import difflib
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 from semipd.config import Config, Setting, check, from_mapping, sections, settings
 from semipd.core.errors import ConfigError, Refused, SemipdError
 from semipd.foreign_flags import HINTS
+from semipd.logs import fill_standard_streams, start_logging
 
 EXIT_BAD_INPUT = 2
 MAX_TOKENS = Setting("most new tokens (default 64)", "size", low=1, high=2**31 - 1)
@@ -23,6 +23,7 @@ MAX_TOKENS = Setting("most new tokens (default 64)", "size", low=1, high=2**31 -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 (it failed), or 2 (the input cannot work)."""
+    fill_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, unknown = _parser(words).parse_known_args(words)
     if unknown:
@@ -253,9 +254,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _set_log_level(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    start_logging(level.upper(), "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
 
 def _version() -> str:

@@ -114,7 +114,8 @@ class ResidentProcess:
         except subprocess.TimeoutExpired:
             return "the resident process does not answer"
         if code < 0:
-            name = signal.Signals(-code).name
+            known = -code in set(signal.Signals)
+            name = signal.Signals(-code).name if known else f"signal {-code}"
             hint = "; was the memory too small?" if -code == signal.SIGKILL else ""
             return f"the resident process was killed by {name}{hint}"
         return f"the resident process ended with exit code {code}"

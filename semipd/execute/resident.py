@@ -20,6 +20,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass
 
@@ -33,25 +34,28 @@ from semipd.execute.shared import LANES, SharedMemory
 from semipd.execute.wire import Channel, Close, Failed, Fork, Forked, Job, Order, Ready, Start
 from semipd.execute.worker import Storage, work
 from semipd.lifetime import die_with_parent, outlive_parent
+from semipd.logs import start_logging
 from semipd.model.dense import load_model
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 5.0  # seconds for threads that have done their work to end
+PATIENCE = 5.0  # seconds for threads that have done their work to end, and for a fork to succeed
 
 
 def main(descriptor: int) -> None:
     """Serve the parent over the socket with this descriptor until it closes."""
-    faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what a parent ignores, its children inherit
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if sys.stderr is not None:
+        faulthandler.enable()
+    # The parent decides: systemd sends SIGTERM to every process of a service, while its requests finish.
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # what a parent ignores, its children inherit
     setproctitle.setproctitle("semipd-resident")
     channel: Channel[Order] = Channel(socket.socket(fileno=descriptor), Order)
     try:
         start, (memory,) = channel.receive_with_descriptors()
         assert isinstance(start, Start)
-        logging.basicConfig(level=start.log_level, format="%(levelname)s %(name)s: %(message)s")
+        start_logging(start.log_level, "%(levelname)s %(name)s: %(message)s")
         storage = _load(start, memory, channel)
         if storage is not None:
             outlive_parent()
@@ -116,9 +120,26 @@ def kv_pool(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     try:
         os.ftruncate(descriptor, nbytes)
         buffer = mmap.mmap(descriptor, nbytes)
+    except OSError as error:  # a limit of this process
+        raise ConfigError(
+            f"the KV pool of {nbytes / 2**30:.2f} GiB cannot be had ({error.strerror}): "
+            "lower --kv-memory or --kv-blocks"
+        ) from None
     finally:
         os.close(descriptor)
     return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+
+
+def _patient_fork() -> int:
+    """As `os.fork`, which may fail for a moment where processes or memory are scarce."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return os.fork()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 @dataclass
@@ -158,9 +179,9 @@ class Resident:
         self.storage.shared.words.forget(lane)
         resident = os.getpid()
         try:
-            pid = os.fork()
+            pid = _patient_fork()
         except OSError as error:
-            self.channel.send(Failed(f"the resident could not fork a worker: {error}"))
+            self.channel.send(Failed(f"the resident could not fork a worker: {error.strerror}"))
             raise EOFError("cannot fork") from error
         if pid == 0:
             self._be_worker(lane, descriptor, resident)

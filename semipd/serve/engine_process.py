@@ -6,7 +6,6 @@ Started by `launch` as a fresh interpreter, through `semipd.start`. No torch in 
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
 import signal
 import socket
@@ -20,6 +19,7 @@ from semipd.config import Config, from_mapping
 from semipd.core.engine import Engine
 from semipd.core.ports import Observer
 from semipd.lifetime import die_with_parent
+from semipd.logs import start_logging
 from semipd.serve.messages import (
     Abort,
     Ask,
@@ -47,7 +47,8 @@ def main(
         die_with_parent(parent)
     except EOFError:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for ending in (signal.SIGINT, signal.SIGTERM):  # of terminals and systemd: the server decides
+        signal.signal(ending, signal.SIG_IGN)
     setproctitle.setproctitle("semipd-engine")
     with socket.socket(fileno=descriptor) as connection:
         serve(connection, build)
@@ -62,11 +63,7 @@ def serve(
     if not isinstance(start, Start):
         return
     config = from_mapping({name: value for part in start.settings.values() for name, value in part.items()})
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    start_logging(config.server.log_level.upper(), "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
     planner = Planner(
         lambda observers: build(config, (*observers, *_recorders(config))), targets_of(config.policy)
     )
@@ -95,16 +92,18 @@ def _messages(connection: socket.socket) -> Iterator[Down]:
 
 
 def _read(incoming: Iterator[Down], planner: Planner) -> None:
-    for message in incoming:
-        if isinstance(message, Submit):
-            planner.submit(message)
-        elif isinstance(message, Abort):
-            planner.abort(message)
-        elif isinstance(message, Ask):
-            planner.ask()
-        else:
-            break
-    planner.close()
+    try:
+        for message in incoming:
+            if isinstance(message, Submit):
+                planner.submit(message)
+            elif isinstance(message, Abort):
+                planner.abort(message)
+            elif isinstance(message, Ask):
+                planner.ask()
+            else:
+                break
+    finally:
+        planner.close()
 
 
 def _write(connection: socket.socket, outgoing: queue.SimpleQueue[Up | None]) -> None:

@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -119,8 +120,7 @@ class _Server:
             if lost is not None and lost.refused:
                 raise ConfigError(lost.why) from None
             raise
-        for line in self._greeting(engine):
-            print(line, flush=True)
+        _say("\n".join(self._greeting(engine)))
 
     def _greeting(self, engine: EngineInfo) -> Iterator[str]:
         server, name = self._config.server, self._service.name
@@ -174,6 +174,15 @@ class _Server:
     def _interrupt(self) -> None:
         self._hurry.set()
         self._terminate()
+
+
+def _say(text: str) -> None:
+    """Print it, as far as the output takes it: a server serves whether or not anybody reads this."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails when it ends
 
 
 def package_version() -> str:

@@ -15,13 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from semipd.core.engine import Engine
+from semipd.core.errors import ConfigError
 from semipd.core.kv import BlockPool
 from semipd.core.partition import Shared
 from semipd.core.policies import Limits, SemiPD
 from semipd.core.ports import ExecutorLost, Observer
 from semipd.core.types import Event, Lane, Request, Sampling, Scored, Slice, Split, Stepped, StepResult
+from semipd.execute import resident
 from semipd.execute.clock import MonotonicClock
 from semipd.execute.cores import available_cores
 from semipd.execute.cpu import CpuExecutor
@@ -63,6 +66,18 @@ class TestDeaths:
         driver.open(1, PROMPT)
         results = [driver.run(Lane.PREFILL, Slice(1, 0, 13)), driver.run(Lane.DECODE, Slice(1, 13, 1))]
         assert [(r.tokens[0], r.attempts) for r in results] == [(token, 1) for token in expected]
+
+    def test_sigterm_is_the_parents_affair(self, executor: CpuExecutor, driver: Driver) -> None:
+        """Of systemd every process of a service hears it, while the server finishes what is under way."""
+        expected = driver.generate(0, PROMPT, 2)
+        before = executor.processes()
+        for pid in before.values():
+            assert pid is not None
+            os.kill(pid, signal.SIGTERM)
+        driver.open(1, PROMPT)
+        results = [driver.run(Lane.PREFILL, Slice(1, 0, 13)), driver.run(Lane.DECODE, Slice(1, 13, 1))]
+        assert [(r.tokens[0], r.attempts) for r in results] == [(token, 1) for token in expected]
+        assert executor.processes() == before
 
     def test_batches_queued_behind_a_death_run_in_order(
         self, executor: CpuExecutor, driver: Driver
@@ -190,6 +205,26 @@ def test_a_killed_parent_takes_everything_along(checkpoint: Path, moment: str) -
         parent.kill()
     assert len(pids) == (1 if moment == "loading" else 3)
     eventually(lambda: all(dead(pid) for pid in pids))
+
+
+def test_a_fork_that_fails_for_a_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([BlockingIOError(11, "no"), OSError(12, "no"), 4242])
+
+    def fork() -> int:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(resident.os, "fork", fork)
+    assert resident._patient_fork() == 4242
+
+
+def test_a_pool_that_the_system_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on the address space, which no figure of free memory tells of."""
+    monkeypatch.setattr(resident, "available_memory", lambda: 2**80)
+    with pytest.raises(ConfigError, match="lower --kv-memory"):
+        resident.kv_pool((2**50,), torch.float32)
 
 
 def test_a_death_while_loading_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

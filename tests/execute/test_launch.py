@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +37,14 @@ def test_it_ends_with_its_parent_while_it_imports_torch(tmp_path: Path) -> None:
         eventually((tmp_path / "begun").exists)
         parent.kill()
     eventually(lambda: dead(pid))
+
+
+def test_it_says_how_it_ended_whatever_ended_it() -> None:
+    """Signals of real time have no name."""
+    resident = ResidentProcess()
+    os.kill(resident.pid, signal.SIGRTMIN + 6)
+    assert resident.why_dead() == f"the resident process was killed by signal {signal.SIGRTMIN + 6}"
+    resident.close()
 
 
 def test_closing_it_does_not_wait_until_it_can_hear() -> None:

@@ -189,6 +189,45 @@ def test_sigterm_drains(folder: Path) -> None:
         assert server.ends()[0] == 0
 
 
+def test_sigterm_to_every_process_drains_as_well(folder: Path) -> None:
+    """That is how systemd ends a service."""
+    with (
+        running(folder, "shutdown_timeout=60", pace=30) as server,
+        server.client() as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        whole = server.work(pool, client, max_tokens=100)
+        for child in server.children:
+            child.terminate()
+        server.process.send_signal(signal.SIGTERM)
+        answer = whole.result(PATIENCE)
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 100
+        assert server.ends()[0] == 0
+
+
+def test_it_serves_though_nobody_reads_its_output(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        start(folder, f"port={port}") as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=PATIENCE) as client,
+        eventually(PATIENCE) as wait_for,
+    ):
+        assert process.stdout is not None
+        process.stdout.close()
+
+        def ready() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return client.get("/ready").status_code == 200
+            return False
+
+        wait_for(ready)
+        assert client.post("/v1/completions", json={"prompt": "hello"}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        process.stdout = None
+
+
 def test_a_drain_has_an_end(folder: Path) -> None:
     with (
         running(folder, "shutdown_timeout=1", pace=100) as server,
