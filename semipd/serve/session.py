@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Protocol
 
 import msgspec
 
+from semipd.core.engine import NOTHING_FOLLOWS
 from semipd.core.errors import EngineDead, Refused, SemipdError
 from semipd.core.types import FinishReason, Score
 from semipd.serve.messages import Abort, Ask, Ended, EngineInfo, Lost, Stats, Step, Submit, Up
@@ -23,6 +25,8 @@ from semipd.serve.messages import Abort, Ask, Ended, EngineInfo, Lost, Stats, St
 ANSWER_SECONDS = 10.0  # a planner that has not answered for this long is stuck
 NEVER_STEPPED_SECONDS = 600.0  # patience with the first step of a lane
 STALLED_SECONDS, STALLED_FACTOR = 60.0, 10.0  # later: this long, and this many times its longest step
+
+log = logging.getLogger("semipd")
 
 
 class RequestFailed(SemipdError):
@@ -67,6 +71,7 @@ class Session:
         self._info: asyncio.Future[EngineInfo] | None = None
         self._asked: tuple[float, asyncio.Future[Stats]] | None = None  # when, and the answer to come
         self._latest: tuple[float, Stats] | None = None
+        self._closing = False
         self.lost: Lost | None = None
 
     async def open(self) -> None:
@@ -130,6 +135,7 @@ class Session:
 
     async def close(self) -> None:
         """Let go of the engine. Streams that still run end with EngineDead."""
+        self._closing = True
         await self._link.close()
         self._lose(Lost("the session was closed"))
 
@@ -155,6 +161,8 @@ class Session:
             if self._info is not None and not self._info.done():
                 self._info.set_result(message)
         else:
+            if self.ready and not self._closing:
+                log.error("the engine is lost: %s", message.why)
             self._lose(message)
 
     def _step(self, step: Step) -> None:
@@ -244,7 +252,7 @@ class Stream:
 
     def end(self, index: int, ended: Ended) -> None:
         self.running.pop(index, None)
-        if ended.refused:
+        if ended.refused or ended.error == NOTHING_FOLLOWS:  # the client's own doing
             self.fail(Refused(ended.error or "", ended.param))
         elif ended.reason is FinishReason.ERROR:
             self.fail(RequestFailed(ended.error or "the engine gave no reason"))

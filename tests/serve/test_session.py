@@ -16,7 +16,7 @@ import pytest
 from semipd.config import Config, ModelConfig
 from semipd.core.errors import ConfigError, EngineDead, Refused
 from semipd.core.ports import ExecutorLost
-from semipd.core.types import FinishReason, Sampling, StepResult
+from semipd.core.types import NO_TOKEN, FinishReason, Sampling, StepResult
 from semipd.serve import session as session_module
 from semipd.serve.launch import EngineProcess
 from semipd.serve.messages import LaneState, Stats, Submit
@@ -190,7 +190,18 @@ def test_a_failed_batch_and_a_lost_engine_are_told_apart() -> None:
     asyncio.run(main())
 
 
-def test_a_killed_process_fails_everything_at_once() -> None:
+def test_a_request_that_rules_out_every_token_is_the_clients_mistake() -> None:
+    """An error of the server's own, it woke its operators."""
+
+    async def main() -> None:
+        async with in_thread(LiveFake(script=[7, NO_TOKEN])) as session:
+            with pytest.raises(Refused, match="no token can follow"):
+                await collect(session, submit([5], 5))
+
+    asyncio.run(main())
+
+
+def test_a_killed_process_fails_everything_at_once(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with in_process(pace=20) as session:
             await session.info()
@@ -201,6 +212,9 @@ def test_a_killed_process_fails_everything_at_once() -> None:
                 await asyncio.wait_for(pending, 60.0)
 
     asyncio.run(main())
+    assert [record.message for record in caplog.records] == [
+        "the engine is lost: the engine process ended with signal 9"
+    ]
 
 
 def test_an_engine_that_cannot_be_built() -> None:
