@@ -5,6 +5,7 @@ It stands apart from `semipd.bench` because the server writes what the simulator
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable
@@ -82,7 +83,10 @@ class TraceWriter:
             [f"{key:x}" for key in arrival.keys],
             arrival.service_class,
         )
-        os.write(self._file, msgspec.json.encode(row) + b"\n")
+        line = msgspec.json.encode(row) + b"\n"
+        if (written := os.write(self._file, line)) < len(line):  # the disk is full: half a row helps nobody
+            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Idempotent."""

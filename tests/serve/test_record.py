@@ -41,6 +41,19 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
         TraceRecorder(tmp_path, 16)
 
 
+def test_no_row_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a row, which a disk may have room for, would spoil the first one after a restart."""
+    path, write = tmp_path / "trace", os.write
+    record = TraceRecorder(path, block_size=4)
+    record(finished(10, 6))
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:30]))
+    record(finished(3, 3))
+    monkeypatch.undo()
+    record.close()
+    TraceRecorder(path, block_size=4)(finished(5, 1))
+    assert [row.prompt_tokens for row in read(path, "semipd")] == [10, 5]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_ends_the_recording_alone(caplog: pytest.LogCaptureFixture) -> None:
     record = TraceRecorder("/dev/full", 16)
