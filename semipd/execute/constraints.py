@@ -34,13 +34,20 @@ class _Known:
 
 
 class Constraints:
-    """folder: of the model, with its tokenizer.json. vocabulary: entries of a row of logits."""
+    """folder: of the model, with its tokenizer.json. vocabulary: entries of a row of logits. tokenizer:
+    made of these before."""
 
-    def __init__(self, table: SlotTable, folder: str | os.PathLike[str], vocabulary: int) -> None:
+    def __init__(
+        self,
+        table: SlotTable,
+        folder: str | os.PathLike[str],
+        vocabulary: int,
+        tokenizer: GrammarTokenizer | None = None,
+    ) -> None:
         self._table = table
         self._file = Path(folder) / "tokenizer.json"
         self._vocabulary = vocabulary
-        self._tokenizer: GrammarTokenizer | None = None
+        self._tokenizer = tokenizer
         self._compiled: OrderedDict[str, Follower] = OrderedDict()
         self._known: dict[int, _Known] = {}
 
@@ -85,7 +92,7 @@ class Constraints:
         return np.packbits(bits, bitorder="little").view(np.uint32)
 
     def _follower(self, constraint: Constraint) -> Follower:
-        if self._tokenizer is None or self._tokenizer.ends != constraint.ends:
+        if self._tokenizer is None or set(self._tokenizer.ends) != set(constraint.ends):
             self._tokenizer = GrammarTokenizer(self._file, self._vocabulary, constraint.ends)
             self._compiled.clear()
         compiled = self._compiled.get(constraint.grammar)

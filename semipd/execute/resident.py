@@ -4,6 +4,9 @@ then only forks, waits and forks again. Its workers share every page of both wit
 It must have no second thread when it forks: a fork copies only the thread that forks, so a pool's locks and
 queues would reach the workers broken. Those that pack weights have ended by then. It never runs the model.
 
+While nothing happens, it prepares what only some requests need, the tokenizer for grammars, and its workers
+give way to new ones that have it.
+
 It ends when told to, when its socket closes, or when its parent dies. While it imports torch and loads, and
 cannot listen, the kernel watches the parent for it (PR_SET_PDEATHSIG, see launch.py); later the socket and
 a pidfd do, because that signal also comes when only the *thread* that started the resident ends.
@@ -22,23 +25,27 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import setproctitle
 import torch
 
 from semipd.core.errors import ConfigError
 from semipd.execute.cgroup import available_memory
-from semipd.execute.linux import thread_ids
+from semipd.execute.linux import give_freed_memory_back, thread_ids
 from semipd.execute.shared import LANES, SharedMemory
 from semipd.execute.wire import Channel, Close, Failed, Fork, Forked, Job, Order, Ready, Start
 from semipd.execute.worker import Storage, work
 from semipd.lifetime import die_with_parent, outlive_parent
 from semipd.logs import start_logging
 from semipd.model.dense import load_model
+from semipd.model.grammar import GrammarError, GrammarTokenizer
 
 log = logging.getLogger(__name__)
 
+QUIET = 1.0  # seconds in which no step began
+LARGE_TOKENIZER = 2**20  # bytes; what a worker makes of a smaller one when it needs it takes milliseconds
 PATIENCE = 5.0  # seconds for threads that have done their work to end, and for a fork to succeed
 
 
@@ -93,7 +100,15 @@ def _load(start: Start, memory: int, channel: Channel[Order]) -> Storage | None:
         return None
     gc.collect()
     gc.freeze()  # later collections, in any worker, do not write to these pages
-    return Storage(start.model, model, shared, pool, start.cores)
+    renewal = os.eventfd(0) if _has_large_tokenizer(start.model) else -1
+    return Storage(start.model, model, shared, pool, start.cores, renewal=renewal)
+
+
+def _has_large_tokenizer(folder: str) -> bool:
+    try:
+        return os.path.getsize(os.path.join(folder, "tokenizer.json")) >= LARGE_TOKENIZER
+    except OSError:
+        return False
 
 
 def _alone() -> bool:
@@ -152,6 +167,7 @@ class Resident:
 
     def __post_init__(self) -> None:
         self._workers: dict[int, int] = {}  # process id by lane
+        self._unprepared = self.storage.renewal >= 0
 
     def serve(self) -> None:
         """Until told to end, or the parent is gone."""
@@ -164,7 +180,7 @@ class Resident:
         else:
             events.register(watch, select.POLLIN)
         try:
-            while all(descriptor != watch for descriptor, _ in events.poll()):
+            while all(descriptor != watch for descriptor, _ in self._wait(events)):
                 order, descriptors = self.channel.receive_with_descriptors()
                 if isinstance(order, Close):
                     return
@@ -173,6 +189,33 @@ class Resident:
         finally:
             for lane in list(self._workers):
                 self._end(lane)
+
+    def _wait(self, events: select.poll) -> list[tuple[int, int]]:
+        """For the next event; after a quiet time, prepare first."""
+        words = self.storage.shared.words
+        while self._unprepared and len(self._workers) == len(LANES):
+            steps = [words.running(lane) for lane in self._workers]
+            if found := events.poll(1000 * QUIET):
+                return found
+            if steps == [words.running(lane) for lane in self._workers]:
+                self._prepare()
+        return events.poll()
+
+    def _prepare(self) -> None:
+        """Make the tokenizer for grammars, in memory that later workers share, and let them take over."""
+        self._unprepared = False
+        spec, file = self.storage.model.spec, Path(self.storage.folder) / "tokenizer.json"
+        try:
+            ends = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocabulary)
+            grammar = GrammarTokenizer(file, spec.vocabulary, ends or (spec.vocabulary - 1,))
+        except (GrammarError, ImportError) as error:
+            log.info("%s", error)  # whoever asks for a grammar is told
+            return
+        gc.collect()
+        gc.freeze()
+        give_freed_memory_back()
+        self.storage = replace(self.storage, grammar=grammar)
+        os.eventfd_write(self.storage.renewal, 1)
 
     def _fork(self, lane: int, descriptor: int) -> None:
         self._end(lane)

@@ -15,6 +15,7 @@ from semipd.execute.constraints import Constraints
 from semipd.execute.storage import SlotTable
 from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs
+from semipd.model.grammar import GrammarTokenizer
 from semipd.model.logprobs import chances
 from semipd.model.sampler import Adjustment, SamplingRows, sample
 from semipd.model.step import Boundary, FusedStep
@@ -40,14 +41,16 @@ class Runner:
         kv: torch.Tensor,
         fused: bool = True,
         folder: str | os.PathLike[str] = "",
+        grammar: GrammarTokenizer | None = None,
     ) -> None:
         """fused: run steps in a few calls where the model can; the tokens are the same
-        (`DenseModel.fused_step`). folder: with the tokenizer, for slots under a grammar."""
+        (`DenseModel.fused_step`). folder: with the tokenizer, for slots under a grammar; grammar: what was
+        made of that before."""
         self._model = model
         self._table = table
         self._kv = kv
         self._pool = Pool.of(kv)
-        self._constraints = Constraints(table, folder, model.spec.vocabulary)
+        self._constraints = Constraints(table, folder, model.spec.vocabulary, grammar)
         self._step = model.fused_step(kv, table.tokens, table.blocks) if fused else None
 
     def run(self, slices: Sequence[Slice], boundary: Boundary) -> Produced:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import time
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from semipd.execute.runner import Runner
 from semipd.execute.shared import SharedMemory
 from semipd.execute.wire import Channel, Done, Job, cut_scores
 from semipd.model.dense import DenseModel
+from semipd.model.grammar import GrammarTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -21,31 +23,48 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Storage:
     """What workers share and outlives them. folder: the model's. cores: system numbers of the device's
-    units."""
+    units. grammar: for slots under one; None: each worker makes its own when it needs it. renewal: an
+    eventfd, readable once workers could be forked that have it; -1: there will be none."""
 
     folder: str
     model: DenseModel
     shared: SharedMemory
     pool: torch.Tensor
     cores: tuple[int, ...]
+    grammar: GrammarTokenizer | None = None
+    renewal: int = -1
 
 
 def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
-    """Run jobs until the other end closes (EOFError). A failed job is answered with its error."""
+    """Run jobs until the other end closes (EOFError), or until there are none and a new worker would know
+    more. A failed job is answered with its error."""
     keep_freed_memory()
     shared = storage.shared
     share = Share(shared.words, lane, storage.cores, shared.descriptor, torch.set_num_threads)
-    runner = Runner(storage.model, shared.table, storage.pool, folder=storage.folder)
+    folder, grammar = storage.folder, storage.grammar
+    runner = Runner(storage.model, shared.table, storage.pool, folder=folder, grammar=grammar)
     with torch.inference_mode():
         while True:
             job = jobs.poll()
             if job is None:
                 share.give_back()
+                if _outdated(jobs, storage):
+                    return
                 job = jobs.receive()
             share.take()
             shared.words.run(lane, job.step)
             for answer in _run(job, runner, share):
                 jobs.send(answer)
+
+
+def _outdated(jobs: Channel[Job], storage: Storage) -> bool:
+    """Wait for a job; whether, before one came, the resident had made what this worker lacks."""
+    if storage.grammar is not None or storage.renewal < 0:
+        return False
+    events = select.poll()
+    for descriptor in (jobs.fileno(), storage.renewal):
+        events.register(descriptor, select.POLLIN)
+    return all(descriptor != jobs.fileno() for descriptor, _ in events.poll())
 
 
 def _run(job: Job, runner: Runner, share: Share) -> list[Done]:
