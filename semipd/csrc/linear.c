@@ -15,6 +15,11 @@ static MultiplyPair *multiply_of(const Linear *linear) {
     return linear->level >= AVX512_BF16 ? multiply_pair_bf16 : kernels->multiply_halves;
 }
 
+/* Whether to read every pair's weights from end to end. */
+static int are_few(const Linear *linear, int64_t rows) {
+    return rows <= (linear->inputs <= NARROW ? FEW : STRIP);
+}
+
 /* `rows` rows from x times the pairs [first, last), in blocks that stay in the second cache. Meanwhile the strips
    of rows ask for the weights that follow, each for its part. */
 static void multiply_block(const Linear *linear, const char *x, int64_t x_stride, int64_t rows, int64_t first,
@@ -25,7 +30,7 @@ static void multiply_block(const Linear *linear, const char *x, int64_t x_stride
     MultiplyPair *multiply = multiply_of(linear);
     int64_t element = element_size(half), tile = PAIR_TILE * element;
     int64_t tiles = (linear->inputs + DEPTH - 1) / DEPTH, strips = (rows + STRIP - 1) / STRIP;
-    int64_t blocks = half && rows <= FEW ? 1 : (linear->inputs + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
+    int64_t blocks = half && are_few(linear, rows) ? 1 : (linear->inputs + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
     int64_t each = (tiles + blocks - 1) / blocks, lines = (tile / 64 + strips - 1) / strips;
     for (int64_t begin = 0; begin < tiles; begin += each) {
         int64_t end = begin + each < tiles ? begin + each : tiles;
@@ -53,7 +58,7 @@ void linear_in_team(const Linear *linear, const void *x, int64_t x_stride, int64
         return;
     }
     int64_t threads = omp_get_num_threads(), rounds = (linear->pairs + GROUP * threads - 1) / (GROUP * threads);
-    int64_t groups = rows > FEW ? rounds * threads : linear->pairs; /* as many for every thread */
+    int64_t groups = are_few(linear, rows) ? linear->pairs : rounds * threads; /* as many for every thread */
     int64_t group = (linear->pairs + groups - 1) / groups, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     int64_t each = ROUND_UP((rows + blocks - 1) / blocks, STRIP); /* even blocks, so that no thread waits long */
     size_t element = element_size(linear->kind == HALVES);

@@ -8,7 +8,8 @@ enum {
     PAIR = 32,         /* columns that are computed together: two panels of 16 */
     DEPTH = 32,        /* inputs that one tile of a panel covers */
     PAIR_TILE = 1024,  /* elements of a pair's tile */
-    FEW = 64,          /* rows up to which reading the weights takes longest */
+    FEW = 64,          /* rows up to which reading the weights takes longest, */
+    NARROW = 1024,     /* where there are no more inputs than these; with more, up to STRIP rows */
     STRIP = 32,        /* rows that are computed together */
     ROW_BLOCK = 256,   /* rows whose inputs stay in the second cache while many columns pass */
     DEPTH_BLOCK = 256, /* inputs at a time; sums wait in float between blocks, so that bits do not change */

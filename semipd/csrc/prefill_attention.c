@@ -73,16 +73,6 @@ static void score(const uint16_t *query, int64_t stride, int64_t rows, const uin
     }
 }
 
-/* 2^x for x <= 0, to within 3e-6 of itself, a hundredth of what bfloat16 keeps; 1 for 0 exactly, 0 for -infinity. */
-INLINE __m512 power_of_two(__m512 x) {
-    __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x less its floor */
-    __m512 power = _mm512_fmadd_ps(_mm512_set1_ps(0.0134266922f), part, _mm512_set1_ps(0.0522424616f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.241280213f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.693044841f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(power, x);
-}
-
 /* One row's scores [count] -> weights in bfloat16, nothing outside [low, high). scale: of scores, for powers of two.
    Brings the running maximum (before scaling) and sum along; returns what to multiply the row's earlier result by. */
 INLINE float weigh(float *scores, uint16_t *weights, int64_t count, int64_t low, int64_t high, float scale,

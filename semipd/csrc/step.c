@@ -148,7 +148,7 @@ static void keep_wanted(const Model *model, const Step *step) {
     }
 }
 
-enum { PROJECT, ATTEND, WIDEN, NARROW, STAGES }; /* of a layer */
+enum { PROJECT, ATTEND, EXPAND, CONTRACT, STAGES }; /* of a layer */
 
 /* Its end is not waited for. */
 static void stage_in_team(const Model *model, const Step *step, int64_t index, int64_t items) {
@@ -162,7 +162,7 @@ static void stage_in_team(const Model *model, const Step *step, int64_t index, i
         attend(model, step, layer, pool, items);
         if (last && rows < step->rows) keep_wanted(model, step);
         linear_in_team(layer->output, step->mixed, queries, rows, step->delta, width, step->quantized);
-    } else if (index % STAGES == WIDEN) {
+    } else if (index % STAGES == EXPAND) {
         norm(model, step, rows, step->delta, layer->mlp_norm);
         linear_in_team(layer->gate_up, step->normed, width, rows, step->activated, model->intermediate,
                        step->quantized);
