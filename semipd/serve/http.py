@@ -28,7 +28,7 @@ def http_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
         uvicorn.Config(
             app,
             log_config=None,
-            log_level="warning",
+            log_level="error",  # a client may send what it likes: that is no news
             access_log=False,
             lifespan="off",
             ws="none",

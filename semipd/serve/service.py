@@ -72,9 +72,11 @@ class Service:
         self._reasoning = Reasoning(chat, tokenizer, reasoning_parser)
         self._maker = maker
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="tokenize")  # of its routes: no request waits
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._side):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def engine(self) -> EngineInfo:
         """The engine's description. Raises EngineDead, or ApiError (503) while it is loading."""
@@ -164,13 +166,13 @@ class Service:
                 answer["token_strs"] = [self.tokenizer.token_string(index) for index in ids]
             return answer
 
-        return await self._off_loop(work)
+        return await self._off_loop(work, self._side)
 
     async def detokenize(self, body: DetokenizeBody) -> str:
         tokens = body.tokens
         if tokens and not 0 <= min(tokens) <= max(tokens) < self.model.vocabulary:
             raise Refused(f"token ids run from 0 to {self.model.vocabulary - 1}", "tokens")
-        return await self._off_loop(lambda: self.tokenizer.decode(tokens))
+        return await self._off_loop(lambda: self.tokenizer.decode(tokens), self._side)
 
     def _ids(self, prompt: str | list[int], limit: int, body: CompletionBody) -> list[int]:
         if isinstance(prompt, list):
@@ -227,8 +229,8 @@ class Service:
             raise Refused(f"a text of {len(text)} characters; at most {MAX_TEXT} are tokenised", "prompt")
         return self.tokenizer.encode(text, add_special)
 
-    async def _off_loop(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def _off_loop(self, work: Callable[[], Result], pool: ThreadPoolExecutor | None = None) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(pool or self._pool, work)
 
 
 def params_of(body: GenerationBody, max_tokens: int | None, default: int | None) -> SamplingParams:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -247,6 +248,28 @@ def test_tokenize_and_back(client: httpx.Client, server: Serving) -> None:
     messages = [{"role": "user", "content": "hi"}]
     chat = client.post("/tokenize", json={"messages": messages}).json()["tokens"]
     assert chat[0] == 1 and chat[-1] == 4
+
+
+def test_long_texts_to_tokenize_hold_up_no_request(
+    client: httpx.Client, server: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They shared their threads with requests: thirty such texts made a request wait for half a minute."""
+    begun, over = threading.Semaphore(0), threading.Event()
+
+    def encode(text: str, add_special: bool) -> list[int]:
+        begun.release()
+        over.wait(20.0)
+        return []
+
+    monkeypatch.setattr(server.service, "_encode_any", encode)
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            for _ in range(8):
+                pool.submit(client.post, "/tokenize", json={"prompt": "long"})
+            assert begun.acquire(timeout=20.0)
+            assert client.post("/v1/completions", json={"prompt": "hello"}).status_code == 200
+        finally:
+            over.set()
 
 
 def test_state_routes(client: httpx.Client) -> None:
