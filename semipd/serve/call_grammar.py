@@ -24,7 +24,7 @@ _ANY_TEXT = "REST: /(?s:.*)/\n"
 
 
 class CallGrammar:
-    """Of one model's way to write calls. marks: ids of those of its marks that are special tokens.
+    """Of one model's way to write calls. marks: ids of those of its marks that are tokens of their own.
 
     Each tool's schema stays a root of its own, so that its references stay in it."""
 
@@ -110,7 +110,7 @@ def answer_grammar(schema: str) -> str:
 
 def behind_reasoning(grammar: str, begun: bool, tags: tuple[str, str], marks: Mapping[str, int]) -> str:
     """What this grammar allows, and reasoning before it. begun: which has begun already. tags: what it is
-    between. marks: ids of those that are special tokens."""
+    between. marks: ids of those that are tokens of their own."""
     first, rest = grammar.removeprefix("start: ").split("\n", 1)
     opening, closing = (f"<[{marks[tag]}]>" if tag in marks else _literal(tag) for tag in tags)
     thought = f"THOUGHT {closing}" if tags[1] in marks else "thought"

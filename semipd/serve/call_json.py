@@ -49,7 +49,7 @@ class JsonArguments:
             rest = text[at:].lstrip()
             at = len(text) - len(rest)
             if rest[:1] != ",":
-                return Gain(at + rest.startswith("}"), arguments, bool(rest) or last)
+                return Gain(at + rest.startswith("}"), arguments, bool(rest))
             self._told = self._between = False
             self._depth = 1
             used, _, over = self._read(rest, last)

@@ -41,7 +41,7 @@ def joined(parts: Iterable[CallPart]) -> list[Call]:
 
 class Gain(NamedTuple):
     """used: characters of a text that are done with. arguments: the JSON text that they are. over: whether
-    the call ends there."""
+    the call ends there; it does not where it was cut off."""
 
     used: int
     arguments: str

@@ -78,7 +78,7 @@ class XmlArguments:
             return Gain(used + match.end(), f"{head}{_quoted(key)}: {quote}", False)
         ended = rest.startswith(_END)
         if not ended and (_END.startswith(rest) or _OPEN.startswith(rest) or _PARTIAL.fullmatch(rest)):
-            return Gain(len(text) if last else used, "", last)  # if it is the last, it was cut off
+            return Gain(len(text) if last else used, "", False)
         return Gain(used + len(_END) * ended, "}" if self._some else "{}", True)
 
     def _value(self, text: str) -> Gain:

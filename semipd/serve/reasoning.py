@@ -108,7 +108,7 @@ class Reasoning:
 
     def __init__(self, chat: ChatTemplate | None, tokenizer: Tokenizer, parser: str = "auto") -> None:
         self._tokenizer = tokenizer
-        self._marks = {text: tokenizer.special[text] for text in MARKS if text in tokenizer.special}
+        self._marks = {text: tokenizer.tags[text] for text in MARKS if text in tokenizer.tags}
         self._always = parser == "deepseek_r1"
         self._wanted = parser in ("qwen3", "deepseek_r1") or (
             parser == "auto" and chat is not None and chat.mentions(CLOSE)

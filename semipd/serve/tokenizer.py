@@ -22,7 +22,8 @@ class Tokenizer:
     """One model's tokenizer.json and tokenizer_config.json. Safe to use from several threads.
 
     special: the tokens that steer a model (end of sequence, start of a turn), by text. User text that
-    spells one is encoded as the characters that it is made of.
+    spells one is encoded as the characters that it is made of. tags: these, and other tokens that grammars
+    (`model.grammar`) know by their ids alone, not as text: those that were added and look like a tag.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,6 +35,11 @@ class Tokenizer:
             token.content: index
             for index, token in self._parsing.get_added_tokens_decoder().items()
             if token.special
+        }
+        self.tags = self.special | {
+            token.content: index
+            for index, token in self._parsing.get_added_tokens_decoder().items()
+            if token.content.startswith("<") and token.content.endswith(">")
         }
         self._special_ids = frozenset(self.special.values())
         self._bos = self._explicit_bos()

@@ -40,9 +40,7 @@ class ToolUse:
         self._parser = parser
         if self._form is not None:
             by_name = "[ARGS]" in (source or "")
-            marks = {
-                text: tokenizer.special[text] for text in self._form.marks if text in tokenizer.special
-            }
+            marks = {text: tokenizer.tags[text] for text in self._form.marks if text in tokenizer.tags}
             self._grammars = CallGrammar(self._form, marks, by_name), CallGrammar(self._form, {}, by_name)
 
     def of(self, body: ChatBody) -> Tools:

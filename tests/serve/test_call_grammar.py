@@ -10,11 +10,13 @@ from typing import Any
 
 import llguidance
 import pytest
+from tokenizers import AddedToken
 
 from semipd.core.errors import Refused
 from semipd.serve.call_grammar import CallGrammar, answer_grammar, behind_reasoning, schemas_of
 from semipd.serve.call_parts import joined
 from semipd.serve.calls import FORMATS, CallFinder
+from semipd.serve.tokenizer import Tokenizer
 from tests.serve.fakes import make_folder, make_tokenizer
 
 LOOK: dict[str, Any] = {
@@ -257,3 +259,30 @@ def test_an_answer_that_follows_a_grammar_may_be_thought_about(tokenizer: Any) -
     walk = Walk(tokenizer, behind_reasoning(answer, False, tags, marks), marks)
     assert walk.follows('{"a": 1}') and walk.follows(2, "</think> so", 3, '\n{"a": 1}')
     assert not walk.follows('<think>so</think>{"a": 1}') and not walk.follows(2, "so", 3)
+
+
+def test_marks_that_are_added_and_not_special(tmp_path: Path) -> None:
+    """As in tokenizers of Qwen: a grammar knows such a token by its id, and as text it fits nowhere."""
+    raw = make_tokenizer()
+    names = ("<tool_call>", "</tool_call>", "<think>", "[X]", "<y", "word")
+    raw.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    folder = make_folder(tmp_path)
+    raw.save(str(folder / "tokenizer.json"))
+    ours = Tokenizer(folder)
+    theirs = llguidance.LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=[0])
+    added = {token.content: index for index, token in raw.get_added_tokens_decoder().items()}
+    assert ours.tags == {text: i for text, i in added.items() if theirs.is_special_token(i)}
+
+    form = FORMATS["hermes"]
+    marks = {text: ours.tags[text] for text in form.marks}
+    lark = behind_reasoning(
+        CallGrammar(form, marks).required(ALL, True), False, ("<think>", "</think>"), {}
+    )
+    matcher = llguidance.LLMatcher(theirs, llguidance.LLMatcher.grammar_from_lark(lark))
+    text = hermes('{"at": "x", "n": 7}')
+    ids = ours.encode(text, False)
+    assert ids[0] == ours.tags["<tool_call>"] and ids[-1] == ours.tags["</tool_call>"]
+    for index in ids:
+        mask = matcher.compute_bitmask()
+        assert mask[index // 8] >> index % 8 & 1 and matcher.consume_token(index), ours.token_string(index)
+    assert matcher.is_accepting()

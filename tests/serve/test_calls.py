@@ -209,6 +209,16 @@ def test_arguments_come_as_they_are(arguments: dict[str, object], step: int, for
     assert json.loads(calls[0][1]) == arguments
 
 
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder"])
+def test_a_call_that_was_cut_off_is_not_done(form: str) -> None:
+    """Or its answer would not say that it was cut off."""
+    text = {"hermes": f"<tool_call>{JSON_F}", "qwen3_coder": in_tags({"n": 5, "a": "x"})}[form]
+    for length in range(len(text)):
+        finder = CallFinder(FORMATS[form], KNOWN, single=True)
+        finder.feed(text[:length], last=True)
+        assert not finder.done or "\n</tool_call>".endswith(text[length:])
+
+
 def test_arguments_are_told_as_they_come() -> None:
     """OpenAI's shape: the name first, without arguments, and then these, in pieces."""
     value = "a long text " * 10

@@ -215,6 +215,11 @@ def test_a_call_that_was_cut_off_is_as_much_as_came(client: httpx.Client) -> Non
     choice = ask(client, max_tokens=len(script_of(SAID)) - 15)
     first, second = (call["function"]["arguments"] for call in choice["message"]["tool_calls"])
     assert choice["finish_reason"] == "length" and first.startswith(second) and 1 < len(second) < len(first)
+    for most in range(12, len(script_of(CALL)) // 2):
+        choice = ask(client, max_tokens=most + len(script_of(SAID)) // 3, parallel_tool_calls=False)
+        calls = choice["message"].get("tool_calls", [])
+        whole = calls and calls[0]["function"]["arguments"] == first
+        assert choice["finish_reason"] == "length" or whole, choice
 
 
 def test_log_probabilities_are_of_every_token(client: httpx.Client) -> None:
