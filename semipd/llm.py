@@ -11,8 +11,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any, TypeVar
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -22,6 +24,8 @@ from semipd.core.engine import Engine
 from semipd.core.errors import ConfigError, EngineDead, Refused
 from semipd.core.ports import Observer
 from semipd.core.types import Score
+from semipd.serve.chat import load_chat_template
+from semipd.serve.conversation import ChatMessage, messages_of
 from semipd.serve.generation import Plan, RequestMaker, generate
 from semipd.serve.messages import Stats
 from semipd.serve.model_folder import ModelFolder, read_model_folder
@@ -40,6 +44,7 @@ SCHEDULING = {entry.name for entry in dataclasses.fields(PolicyConfig)} - {
 }
 
 Prompt = str | Sequence[int]
+Conversation = Sequence[Mapping[str, Any]]
 BuildOn = Callable[[Resolved, Sequence[Observer]], Engine]
 Result = TypeVar("Result")
 
@@ -110,6 +115,7 @@ class LLM:
 
     def _start(self, config: Config, model: ModelFolder, build: Build) -> None:
         self.tokenizer = Tokenizer(model.path) if (model.path / "tokenizer.json").is_file() else None
+        self._template = load_chat_template(model.path, self.tokenizer) if self.tokenizer else None
         classes = config.policy.classes or ()
         self._maker = RequestMaker(
             model, config.model.seed, config.cache.prefix_cache, classes, self.tokenizer
@@ -132,6 +138,27 @@ class LLM:
         batch = _as_list(prompts)
         plan, ids = self._plan(batch, SamplingParams() if params is None else params)
         return _complete(self._run(plan, _empty_results(batch, ids, plan)))
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several, rendered by the model's chat template.
+
+        messages: with `role` and `content`, as in the HTTP API. The answers are the text as it came, with
+        calls of tools and reasoning in it. As `generate` otherwise."""
+        if self._template is None:
+            raise Refused("this model has no chat template; use generate", "messages")
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        prompts = [
+            self._template.encode(_messages(one), add_generation_prompt, variables=chat_template_kwargs)
+            for one in (messages if several else [messages])
+        ]
+        return self.generate(prompts, params)
 
     def stats(self) -> Stats:
         """The engine's state and its metrics since the start."""
@@ -254,6 +281,14 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         if not isinstance(prompt, str) and not (_is_sequence(prompt) and all(map(_is_token, prompt))):
             raise Refused("a prompt is text or a list of token ids", "prompt")
     return batch
+
+
+def _messages(conversation: Any) -> list[dict[str, Any]]:
+    """As a chat template takes them. Raises Refused."""
+    try:
+        return messages_of(msgspec.convert(conversation, list[ChatMessage]))
+    except msgspec.ValidationError as error:
+        raise Refused(f"messages: {error}", "messages") from None
 
 
 def _is_token(item: object) -> bool:

@@ -54,6 +54,24 @@ def test_prompts_in_all_forms(llm: LLM) -> None:
     assert llm.generate([]) == []
 
 
+def test_conversations(llm: LLM) -> None:
+    """Rendered by the template, whose special tokens count, as over HTTP."""
+    user = {"role": "user", "content": "hello <|end|>"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "hello <|end|>"}]}
+    params = SamplingParams(seed=1, max_tokens=5)
+    (one,) = llm.chat([user], params)
+    several = llm.chat([[user], [parts], [user, {"role": "assistant", "content": "x"}, user]], params)
+    assert [result.prompt_token_ids for result in several[:2]] == [one.prompt_token_ids] * 2
+    assert several[0].outputs[0].text == one.outputs[0].text and one.prompt is None
+    raw = make_tokenizer().decode(one.prompt_token_ids, skip_special_tokens=False)
+    assert "<|user|>" in raw and raw.endswith("<|assistant|>")
+    assert one.prompt_token_ids.count(make_tokenizer().token_to_id("<|end|>")) == 1
+    assert len(several[2].prompt_token_ids) > len(one.prompt_token_ids)
+    for bad in ([{"role": "nobody", "content": "x"}], [{"role": "user"}], [{"content": 5}], [5], [[]], []):
+        with pytest.raises(Refused):
+            llm.chat(bad, params)  # type: ignore[arg-type]
+
+
 def test_results_keep_the_order_of_prompts_and_choices(llm: LLM) -> None:
     prompts = [[10 + i] * (i % 5 + 1) for i in range(40)]
     results = llm.generate(prompts, SamplingParams(seed=4, max_tokens=7, n=2))
