@@ -46,6 +46,11 @@ class GrammarTokenizer:
         self.vocabulary = vocabulary
         self.ends = ends
 
+    def letters(self) -> list[int]:
+        """Tokens of single bytes."""
+        found = (self.raw.tokenize_bytes(bytes((byte,))) for byte in range(128))
+        return [ids[0] for ids in found if len(ids) == 1]
+
 
 class Follower:
     """One text on its way through a grammar. A new one costs about a millisecond, a `copy` much less."""
@@ -82,11 +87,27 @@ class Follower:
         raw.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if raw.is_error():
             return np.zeros_like(words[:size])
+        self._spell(words)
         complete = raw.is_accepting()
         for token in self._tokenizer.ends:  # exactly then, also where an end is spelled like a text
             bit = np.uint32(1 << token % WORD)
             words[token // WORD] = words[token // WORD] | bit if complete else words[token // WORD] & ~bit
         return words[:size]
+
+    def _spell(self, words: np.ndarray) -> None:
+        """Where only one text can follow and it spells a tag, llguidance lets only the tag's own token
+        through, which it then does not take for that text: the tag is spelled instead."""
+        (some,) = np.nonzero(words)
+        if len(some) != 1 or (word := int(words[some[0]])) & (word - 1):
+            return
+        token = int(some[0]) * WORD + word.bit_length() - 1
+        known = token in self._tokenizer.ends or not self._tokenizer.raw.is_special_token(token)
+        if known or self._raw.validate_tokens([token]):
+            return
+        words[:] = 0
+        for spelled in self._tokenizer.letters():
+            if self._raw.validate_tokens([spelled]):
+                words[spelled // WORD] |= np.uint32(1 << spelled % WORD)
 
 
 def grammar_of_schema(schema: str) -> str:

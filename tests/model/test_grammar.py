@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from semipd.model.grammar import (
     Follower,
@@ -75,6 +75,23 @@ def test_special_tokens_are_no_text_and_an_end_is_no_character(file: Path, raw: 
     text = follower(file, {"type": "string"}, ends=(letter,))
     assert allowed(text, raw.encode('"').ids) == inside - {letter}
     assert allowed(text, raw.encode('"a"').ids) == {letter}
+
+
+def test_a_text_that_looks_like_a_tag_is_spelled(file: Path, tmp_path: Path) -> None:
+    """Where the vocabulary has a token for the tag, special or only added, as Qwen's for <tool_call>: that
+    token alone was let through, and with it the text was lost."""
+    raw = Tokenizer.from_file(str(file))
+    raw.add_tokens([AddedToken("<tag>", special=False, normalized=False)])
+    raw.add_special_tokens([AddedToken("<|tag|>", normalized=False)])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = raw.get_vocab_size()
+    for value in ("a <tag> b", "<|tag|>"):
+        text = follower(tmp_path / "tokenizer.json", {"const": value}, vocabulary)
+        tokens: list[int] = []
+        while (choices := allowed(text, tokens)) != {END}:
+            assert choices and len(tokens) < 40 and vocabulary - 1 not in choices
+            tokens.append(min(choices))
+        assert json.loads(raw.decode(tokens, skip_special_tokens=False)) == value
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY + 77, VOCABULARY, 300])
