@@ -309,6 +309,8 @@ class CpuExecutor:
                 results.append(_poisoned(worker.lane, flights.popleft(), now))
         elif flights or worker.pid is None or now - worker.forked_at < _EARLY:
             worker.early_deaths += 1  # it could not even begin
+        else:
+            worker.early_deaths = 0  # it lived, if only to wait: some policies never use a lane
         if worker.early_deaths >= _EARLY_DEATHS:
             self._lost = (
                 f"{_EARLY_DEATHS} {worker.lane.value} workers in a row died as soon as they started"

@@ -107,6 +107,19 @@ class TestDeaths:
         with pytest.raises(ExecutorLost, match="as soon as they started"):
             kill_whatever_is_there()
 
+    def test_deaths_long_apart_are_none_of_a_start(
+        self, executor: CpuExecutor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The prefill lane of a chunked engine never has a result; its fifth early death was the end."""
+        for number in range(12):  # every other one, as if it had lived for long
+            monkeypatch.setattr("semipd.execute.cpu._EARLY", 0.0 if number % 2 else 60.0)
+            victim = pid_of(executor, "prefill")
+            os.kill(victim, signal.SIGKILL)
+            deadline = time.monotonic() + 30.0
+            while executor.processes()["prefill"] in (victim, None):
+                assert time.monotonic() < deadline
+                executor.wait(time.monotonic() + 0.01)
+
     def test_the_residents_death_ends_it(self, executor: CpuExecutor, driver: Driver) -> None:
         pids = [pid for pid in executor.processes().values() if pid]
         os.kill(pid_of(executor, "resident"), signal.SIGKILL)
