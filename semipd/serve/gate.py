@@ -21,8 +21,8 @@ class Limits:
     queued_*: requests without a first token yet, and their prompt tokens. body: of one request;
     body_seconds: to receive it; bodies: of all requests that are not yet tokenised. headers: all header
     lines of one request; header_seconds: to receive them, on a new connection or after the first byte.
-    stall_seconds: how long a client may take nothing of its answer. drain: how long SIGTERM waits for what
-    is under way.
+    connections: open at once; more are turned away. stall_seconds: how long a client may take nothing of
+    its answer. drain: how long SIGTERM waits for what is under way.
     """
 
     queued_requests: int = 1024
@@ -32,6 +32,7 @@ class Limits:
     bodies: int = 256 * 2**20
     headers: int = 64 * 2**10
     header_seconds: float = 30.0
+    connections: int = 2**15
     stall_seconds: float = 60.0
     drain: float = 30.0
     request_timeout: float = 24 * 3600.0

@@ -16,6 +16,11 @@ from semipd.serve.gate import Limits
 
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep theirs: the one who closes must not be the one who waits
 MOST_FILES = 2**16
+BACKLOG = 2048  # connections that wait to be accepted; asyncio accepts so many before it looks at one
+OWN_FILES = BACKLOG + 64
+TURNED_AWAY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 2\r\nContent-Length: 0\r\n\r\n"
+)
 
 
 def http_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
@@ -23,6 +28,7 @@ def http_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
 
     class Connection(_Connection):
         header_seconds, stall_seconds = limits.header_seconds, limits.stall_seconds
+        most = limits.connections
 
     return _Uvicorn(
         uvicorn.Config(
@@ -30,6 +36,7 @@ def http_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
             log_config=None,
             log_level="error",  # a client may send what it likes: that is no news
             access_log=False,
+            backlog=min(max(limits.connections // 2, 16), BACKLOG),
             lifespan="off",
             ws="none",
             http=Connection,  # h11, which bounds the headers; httptools does not
@@ -42,13 +49,18 @@ def http_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
     )
 
 
-def allow_many_connections() -> None:
-    """Raise this process's limit of open files towards the hard one: each connection is a file."""
+def allow_many_connections() -> int:
+    """Raise this process's limit of open files towards the hard one: each connection is a file. Returns how
+    many there may be, with files left for the process itself: where there is none, asyncio logs thousands
+    of attempts to accept a connection, every second."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files = MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, MOST_FILES)
+    return max(files - OWN_FILES, files // 2)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -79,10 +91,11 @@ class _Alarm:
 
 class _Connection(H11Protocol):
     """Ends when the headers of a request take longer than header_seconds to arrive, whether they trickle or
-    never begin, and when its client takes nothing of an answer for stall_seconds."""
+    never begin, and when its client takes nothing of an answer for stall_seconds. Beyond `most`, now."""
 
     header_seconds: float
     stall_seconds: float
+    most: int  # connections
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -90,6 +103,9 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.write(TURNED_AWAY)
+            transport.close()
         self._headers.set(self.loop, self.header_seconds, transport.abort)
 
     def data_received(self, data: bytes) -> None:

@@ -50,7 +50,7 @@ def run_server(config: Config, engine: EngineProcess) -> int:
     engine: a process that waits for its settings; started on the main thread, since it ends with the thread
     that started it."""
     setproctitle.setproctitle("semipd-api")
-    allow_many_connections()
+    connections = allow_many_connections()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cores belong to the model
     resolved = resolve(config)
     folder = read_model_folder(resolved.folder, config.model.generation_config == "auto")
@@ -65,7 +65,7 @@ def run_server(config: Config, engine: EngineProcess) -> int:
             chat = load_chat_template(resolved.folder, tokenizer, config.server.chat_template)
             classes = config.policy.classes or ()
             maker = RequestMaker(folder, config.model.seed, config.cache.prefix_cache, classes, tokenizer)
-            limits = Limits.of(config.server)
+            limits = dataclasses.replace(Limits.of(config.server), connections=connections)
             parsers = config.server.tool_call_parser, config.server.reasoning_parser
             service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits, *parsers)
             return asyncio.run(_Server(config, service, listener).run())

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from semipd.serve.gate import Limits
 from semipd.serve.http import _Alarm, _Connection, http_server
-from tests.serve.fakes import LiveFake, make_folder
+from tests.serve.fakes import LiveFake, eventually, make_folder
 from tests.serve.serving import serving
 
 LIMITS = Limits(header_seconds=0.3, stall_seconds=0.3)
@@ -97,6 +97,24 @@ class Draining:
 
     def abort(self) -> None:
         self.aborted.set()
+
+
+def test_a_connection_too_many_is_turned_away(tmp_path: Path) -> None:
+    """Without a file to accept it with, asyncio wrote 300,000 lines in ten seconds and did little else."""
+    limits = Limits(connections=2)
+    with serving(make_folder(tmp_path), LiveFake(), limits=limits) as server, eventually() as wait_for:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        idle = [socket.create_connection(address) for _ in range(2)]
+        with socket.create_connection(address, timeout=20.0) as third:
+            assert b" 503 " in third.recv(1000)
+        for connection in idle:
+            connection.close()
+
+        def welcome() -> bool:
+            with server.client() as client:
+                return client.get("/version").status_code == 200
+
+        wait_for(welcome)
 
 
 def test_a_slow_reader_is_no_deaf_one() -> None:
