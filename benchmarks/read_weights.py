@@ -1,6 +1,6 @@
 """A decode step at batch 1 beside plain reading of the weights that it reads: how far it is from the limit.
 
-read: sums over the packed weights, nothing else. linears: every linear layer on one row. step: a step whole.
+read: sums over the packed weights, nothing else. linears: every linear layer on one row. step: all of it.
 The three take turns; fastest and median times, and bytes of weights per second.
 
     python -m benchmarks.read_weights [--shape 0.5b] [--context 512] [--threads 2] [--rounds 25]
