@@ -22,6 +22,7 @@ from semipd.serve.tokenizer import Tokenizer
 MAX_SCHEMA_BYTES = 2**16
 MAX_SCHEMA_DEPTH = 64
 MAX_MULTIPLE = 10_000  # states of an automaton that counts remainders; the library has no limit on them
+MAX_MET = 12  # patterns that one text follows: the library's time doubles with each, 20 of them take 25 s
 MAX_BAD_WORD_TOKENS = 64
 _GRAMMARS = 256  # that were found good and are remembered
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -163,18 +164,24 @@ def _schema(given: Any) -> str:
 
 def check_schema(schema: Any, param: str) -> None:
     """Refuse what is nested too deeply, and what the compiler would work on for ever, as `param`."""
-    level, multiple = [schema], 1
+    level, multiple, patterns, members = [schema], 1, 0, 0
     for _ in range(MAX_SCHEMA_DEPTH):
         deeper: list[Any] = []
         for value in level:
             if isinstance(value, Mapping):
                 multiple = math.lcm(multiple, _digits(value.get("multipleOf")))
+                patterns += ("pattern" in value) + ("format" in value)
+                both = value.get("allOf")
+                members += len(both) if isinstance(both, (list, tuple)) and len(both) > 1 else 0
                 deeper += value.values()
             elif isinstance(value, (list, tuple)):
                 deeper += value
             if multiple > MAX_MULTIPLE:
                 message = f"the least common multiple of all multipleOf exceeds {MAX_MULTIPLE}"
                 raise Refused(f"{param}: this schema is not supported: {message}", param)
+        if min(patterns, members) > MAX_MET:
+            message = f"more than {MAX_MET} patterns and formats may meet in allOf"
+            raise Refused(f"{param}: this schema is not supported: {message}", param)
         level = deeper
         if not level:
             return

@@ -97,6 +97,7 @@ def test_a_format_that_cannot_be_followed_is_refused(
         {"items": [{"properties": {"a": {"type": "number", "multipleOf": 1234.567}}}]},
         {"type": "integer", "multipleOf": 1e300},
         {"allOf": [{"type": "string", "pattern": f"^(a{{{prime}}})+b$"} for prime in (79, 83, 89, 97)]},
+        {"type": "string", "allOf": [{"pattern": "a*" + count * "b"} for count in range(30)]},
         {
             "type": "object",
             "properties": {f"property {index}": {"type": "string"} for index in range(1500)},
