@@ -9,8 +9,7 @@ were kept whenever there are prompts, these and later ones. The way with the lea
     sum of the times to the last token + MISS * expected number of missed targets
 
 is taken: decode gets the least that meets its target with margin when prompts press, a predicted TTFT miss
-(of prompts yet to come too, as far as recent ones came near to their targets) is bought off with decode's
-slack, and when both fail, the fewest miss.
+(of prompts yet to come, too) is bought off with decode's slack, and when both fail, the fewest miss.
 """
 
 from __future__ import annotations
@@ -19,20 +18,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from semipd.core.backlog import Backlog, Queue
 from semipd.core.batching import decode_slices, next_prefill, prefill_slices
 from semipd.core.correction import Correction
 from semipd.core.live import Live
 from semipd.core.order import Order, PromptWork
-from semipd.core.partition import Lateness, Targets
+from semipd.core.partition import Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
-from semipd.core.types import Device, Event, Lane, Launched, Plan, Slice, Split, Stepped, Work
+from semipd.core.types import Device, Event, Finished, Lane, Launched, Plan, Slice, Split, Stepped, Work
 from semipd.core.urgency import MARGIN, Streams, Urgency, miss
 
-MISS = 40.0  # seconds of latency that one missed target is worth
-FORESEEN = 24  # prompts looked at one by one
+MISS = 30.0  # seconds of latency that one missed target is worth
 STICK = 0.02  # a way must be this much better, in parts, than the present one
-DECODES, PROMPTS = 4.0, 2.0  # levels to an octave of what describes a decode batch, a prefill step
+APART = 1.25  # units of decode in a split, at least, over those in the one before it
+DECODES, CONTEXT, PROMPTS = 4.0, 2.0, 2.0  # levels to an octave: of sequences, their context, prefill steps
 
 Levels = tuple[int, int]
 Key = tuple[Levels, Levels, Levels]  # of the decode batch, of the prefill step, of the correction
@@ -46,27 +46,6 @@ class Way(NamedTuple):
     chunk: int
     rate: float
     step: float
-
-
-class Prompt(NamedTuple):
-    """work: seconds of prefill on the whole device until its first token. left: seconds until its target,
-    infinite when that is lost already: it can be neither met nor missed any more. soon: it may be late."""
-
-    work: float
-    left: float
-    soon: float
-
-
-class Queue(NamedTuple):
-    """work: the sum of theirs. bearable: how much slower than on the whole device no prompt may be late.
-    arrivals, load, pressure: what is to be expected of prompts yet to come."""
-
-    prompts: list[Prompt]
-    work: float
-    bearable: float
-    arrivals: float
-    load: float
-    pressure: float
 
 
 class Auto:
@@ -84,17 +63,19 @@ class Auto:
         chunks: Sequence[int] = (64, 128, 256, 512, 1024, 2048),
     ) -> None:
         self.limits, self._device, self._cost = limits, device, cost
-        self._targets, self._chunks = targets, tuple(chunks)
+        self._chunks = tuple(chunks)
         self._work = work or PromptWork(cost, device.units)
         self._soon = (1.0 - MARGIN) * targets["default"].ttft  # what a prompt yet to come should not exceed
-        self._lateness = Lateness(targets, MARGIN)
         self._correction = Correction(cost)
         self._ways_of: dict[Key, list[Way]] = {}
         self._tables: dict[tuple[Key, bool, bool], list[Way]] = {}
+        self._splits = (*_thinned(device.legal_splits), (device.units, device.units))
+        self._backlog = Backlog(targets, self._work, limits.prefill_tokens)
         self._urgency = Urgency(targets)
         self._tokens_alone = Way(0, device.units, 0, 0.0, 0.0)
         self._prompts_alone = Way(device.units, device.units, 0, 1.0, 0.0)
-        self._present: tuple[int, ...] | None = None  # the way chosen last
+        self._way, self._settled = self._tokens_alone, False  # the way chosen last
+        self._arrived = self._ended = 0  # requests: until then, and until now
         self._held = (0, 0)  # units of the last plan
         self._ways((9, 9), (4, 4))  # the cost model tabulates each number of units at its first use
 
@@ -102,22 +83,35 @@ class Auto:
         """Observe: correct the cost model by every step, learn how long outputs are."""
         if isinstance(event, (Launched, Stepped)):
             self._correction(event)
+            if isinstance(event, Launched) and event.lane is Lane.PREFILL:
+                self._work.launched(event.work, event.batch.slices)
+            elif isinstance(event, Stepped) and event.result.lane is Lane.PREFILL:
+                self._settled = False
             self._work.slowness = self._correction.slowness[Lane.PREFILL]
         else:
+            self._ended += isinstance(event, Finished)
             self._urgency(event)
-            self._lateness(event)
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
-        order = self.limits.order_at(now)
-        self._work.step_left = self._correction.step_left(Lane.PREFILL, now)
-        prompts = self._prompts(live, order, now)
-        if not prompts and not live.busy(Lane.PREFILL):
+        order, prefilling = self.limits.order_at(now), live.busy(Lane.PREFILL)
+        if not live.waiting and not live.prefilling and not prefilling:
             way = self._tokens_alone
         elif not live.decoding:
             way = self._prompts_alone
+        elif prefilling and self._is_settled(live):
+            way = self._way
         else:
-            way = self._choose(live, prompts, self._urgency.streams(live, now))
+            self._work.step_left = self._correction.step_left(Lane.PREFILL, now)
+            queue = self._backlog.queue(live, order, now)
+            way = self._choose(live, queue, self._urgency.streams(live, now))
+            self._arrived, self._settled = len(live) + self._ended, True
         return self._launch(way, idle, live, kv, order)
+
+    def _is_settled(self, live: Live) -> bool:
+        """Whether nothing happened since the last choice that could change it: the same prefill step runs
+        and nobody came."""
+        came = len(live) + self._ended > self._arrived
+        return self._settled and not came and (self._way.decode > 0 or not live.busy(Lane.DECODE))
 
     def _launch(
         self, way: Way, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], order: Order | None
@@ -146,17 +140,9 @@ class Auto:
         self._held = (split.of(Lane.PREFILL), split.of(Lane.DECODE))
         return Plan(split, slices)
 
-    def _choose(self, live: Live, prompts: list[Prompt], streams: Streams) -> Way:
+    def _choose(self, live: Live, queue: Queue, streams: Streams) -> Way:
         table = self._table(live)
-        queue = Queue(
-            prompts,
-            sum([prompt.work for prompt in prompts]),
-            min([prompt.soon / max(prompt.work, 1e-9) for prompt in prompts], default=math.inf),
-            self._work.arrivals,
-            self._work.load,
-            self._lateness.pressure,
-        )
-        present, (before, beside) = self._present, self._held
+        present, (before, beside) = self._way[:3], self._held
         switch = self._device.switch_seconds * len(live)
         best, least = table[0], math.inf
         for way, score in zip(table, self._scores(table, queue, streams), strict=True):
@@ -166,18 +152,16 @@ class Auto:
                 score -= STICK * abs(score)
             if score < least:
                 best, least = way, score
-        self._present = best[:3]
+        self._way = best
         return best
 
     def _scores(self, table: list[Way], queue: Queue, streams: Streams) -> list[float]:
         """Of every way. Prompts that arrive before the present ones are done wait as well, may be late
-        (M/M/1), and lengthen the busy period as in an M/G/1 queue: work / (rate - load). Later ones come
+        (Kingman), and lengthen the busy period as in an M/G/1 queue: work / (rate - load). Later ones come
         as well, so that decode goes on at a mean pace: prompts are there for load / rate of the time. Runs
         at every plan: `min` and `max` of two numbers would take as long as the rest."""
-        prompts, work, bearable, arrivals, load, pressure = queue
+        prompts, work, backlog, bearable, arrivals, load, kinds = queue
         groups, size, tokens, shortest, longest, pace = streams
-        backlog = prompts[-1].work if prompts else 0.0
-        mean = load / arrivals if arrivals else math.inf
         alone = table[-1].step  # a decode step without prompts
         top = max([way.rate for way in table if way.step < math.inf])  # the best that does not hold decode
         scores = []
@@ -198,9 +182,11 @@ class Auto:
             found = arrivals * busy  # arrive meanwhile, and find half of what is waiting now
             behind = 0.5 * (wait + backlog * slowness)
             total = len(prompts) * wait + work * slowness + found * behind
-            if pressure:
-                left = (self._soon - behind) * kept / mean - 1.0
-                misses += pressure * found * share * (math.exp(-spare / kept * left) if left > 0.0 else 1.0)
+            for part, before, scale, delay in kinds:
+                full = share * before
+                left = (self._soon - wait - delay * slowness) * kept / scale
+                late = full * math.exp(-(1.0 - full) * left) if left > 0.0 else full
+                misses += found * part * late
             rest = 1.0 / (share / step + (1.0 - share) / alone)
             done = busy / step  # 0 while decode is held: then `step` is infinite
             if step > pace or shortest < done < longest:
@@ -218,25 +204,6 @@ class Auto:
             scores.append(total + MISS * misses)
         return scores
 
-    def _prompts(self, live: Live, order: Order | None, now: float) -> list[Prompt]:
-        """In the order in which they run, each with what is before it."""
-        queue = [*live.prefilling, *live.waiting]
-        if not queue:
-            return []
-        seconds, default = self._work.seconds, self._targets["default"]
-        found, total = [], 0.0
-        for request in (sorted(queue, key=order) if order else queue)[:FORESEEN]:
-            own = seconds(request)
-            total += own
-            target = self._targets.get(request.service_class, default)
-            left = request.arrival + target.ttft - now
-            if request.first_token_at >= 0 or left <= own:
-                left = math.inf
-            found.append(Prompt(total, left, left * (1.0 - MARGIN)))
-        if len(queue) > FORESEEN:
-            found.append(Prompt(total * len(queue) / FORESEEN, math.inf, math.inf))
-        return found
-
     def _table(self, live: Live) -> list[Way]:
         """Ways that can be taken now and that no other one beats in both rate and step. Kept by rounded
         features, so that the cost model is asked only when the work has changed."""
@@ -244,7 +211,7 @@ class Auto:
         context = sum([request.planned for request in live.decoding])
         start, tokens = next_prefill(live, self.limits.prefill_tokens)
         key = (
-            (_level(len(live.decoding), DECODES), _level(context, DECODES)),
+            (_level(len(live.decoding), DECODES), _level(context, CONTEXT)),
             (_level(start, PROMPTS), _level(tokens, PROMPTS)),
             self._correction.level,
         )
@@ -270,12 +237,12 @@ class Auto:
         slowness = self._correction.slowness
         slow_first, slow_next = slowness[Lane.PREFILL], slowness[Lane.DECODE]
         start, tokens = _amount(prompts[0], PROMPTS), max(_amount(prompts[1], PROMPTS), 16)
-        decode = Work.decode(max(_amount(decodes[0], DECODES), 1), _amount(decodes[1], DECODES))
+        decode = Work.decode(max(_amount(decodes[0], DECODES), 1), _amount(decodes[1], CONTEXT))
         prompt = Work.of((Slice(0, start, tokens),))
         whole = seconds(prompt, units) * slow_first
         alone = Way(0, units, 0, 0.0, seconds(decode, units) * slow_next)
         ways = [Way(units, 0, 0, 1.0, math.inf), alone]
-        for first, second in (*self._device.legal_splits, (units, units)):
+        for first, second in self._splits:
             rate = whole / (seconds(prompt, first, decode, second) * slow_first)
             ways.append(Way(first, second, 0, rate, seconds(decode, second, prompt, first) * slow_next))
         for chunk in self._chunks:
@@ -296,3 +263,12 @@ def _level(amount: int, fineness: float) -> int:
 def _amount(level: int, fineness: float) -> int:
     """In the middle of the level."""
     return round(math.exp2(level / fineness)) - 4
+
+
+def _thinned(splits: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Enough of them to choose from, the least for decode first: its steps go by the ratio of units."""
+    found: list[tuple[int, int]] = []
+    for prefill, decode in sorted(splits, key=lambda split: split[1]):
+        if not found or decode >= APART * found[-1][1]:
+            found.append((prefill, decode))
+    return found

@@ -79,6 +79,8 @@ def prefill_slices(
             if blocked:
                 continue
         elif request.in_flight and request.lane is not lane:
+            if order is None:
+                break  # as they come: none passes the one whose piece runs on the other lane
             continue
         tokens -= _add_prefill(slices, request, min(tokens, piece))
     return slices

@@ -7,9 +7,9 @@ waited, so that short ones do not stand behind long ones and none starves.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from semipd.core.arrivals import Arrivals
 from semipd.core.ports import CostModel
 from semipd.core.types import Request, Slice, Work
 
@@ -17,35 +17,66 @@ Order = Callable[[Request], float]  # the least goes first
 PromptOrder = Callable[[float], Order]  # the order at a time in seconds
 
 AGEING = 0.1  # seconds of prefill that one second of waiting makes up for
-MEMORY = 10.0  # seconds over which the arriving prompts are averaged
+FADING = 0.05  # weight of the newest step in what sharing one gains
 _REMEMBERED = 4096
 _ALIKE = 16  # tokens; that many more or less make no difference to a prompt's time
 
 
 class PromptWork:
-    """How long prompts take on the whole device, alone; and how many seconds of that arrive per second.
+    """How long prompts take on the whole device, one by one and together.
 
     slowness: observed over predicted seconds, for whoever observes them. step_left: share of the prefill
-    step in flight that is still to be done. arrivals, load: prompts, and seconds of prefill, per second.
+    step in flight that is still to be done.
     """
 
     def __init__(self, cost: CostModel, units: int) -> None:
         self._cost, self._units = cost, units
         self._whole: dict[Request, float] = {}
         self._by_length: dict[int, float] = {}
-        self._counted_at, self._since = 0.0, math.inf
-        self._arrived = self._came = 0.0  # prompts, and seconds of prefill, fading
+        self._running = 0.0  # seconds of the step launched last
+        self._alone = self._shared = 0.0  # of steps lately: their prompts one by one, and as they were
+        self.arrivals = Arrivals()
         self.slowness = self.step_left = 1.0
-        self.arrivals = self.load = 0.0
 
     def seconds(self, request: Request) -> float:
-        """Prefill seconds that the request still needs on the whole device."""
+        """Prefill seconds that the request still needs, alone."""
+        left = request.known - request.planned
+        in_flight = (request.planned - request.computed) * self.step_left  # still to be done of it
+        return self.alone(request, (left if left > 0 else 0) + in_flight)
+
+    def alone(self, request: Request, tokens: float) -> float:
+        """Seconds of so many of its tokens when no other prompt is in the step."""
         known, whole = request.known, self._whole.get(request)
         if whole is None:
             whole = self._meet(request, known)
-        in_flight = (request.planned - request.computed) * self.step_left  # still to be done of it
-        left = known - request.planned
-        return whole * ((left if left > 0 else 0) + in_flight) / known * self.slowness
+        return whole * tokens / known * self.slowness
+
+    def together(self, tokens: int) -> float:
+        """Seconds of a step with so many tokens of several prompts."""
+        return self._of_length(tokens) * self.slowness
+
+    @property
+    def running(self) -> float:
+        """Seconds that are left of the step in flight, if there is one."""
+        return self._running * self.step_left * self.slowness
+
+    @property
+    def load(self) -> float:
+        """Seconds of prefill that arrive per second, as prompts have shared steps lately."""
+        gain = self._shared / self._alone if self._alone else 1.0
+        return self.arrivals.load * gain * self.slowness
+
+    @property
+    def step(self) -> float:
+        """Seconds of a prefill step of late."""
+        return self._shared * self.slowness
+
+    def launched(self, work: Work, slices: Sequence[Slice]) -> None:
+        """Learn from a prefill step how much prompts gain by sharing one."""
+        self._running = self._cost.seconds(work, self._units)
+        alone = sum([self._of_length(piece.count) for piece in slices])
+        self._alone += FADING * (alone - self._alone)
+        self._shared += FADING * (self._of_length(work.tokens) - self._shared)
 
     def shortest(self, now: float) -> Order:
         """A `PromptOrder`: shortest remaining prompt first, with ageing."""
@@ -66,12 +97,5 @@ class PromptWork:
         if len(self._whole) >= _REMEMBERED:
             self._whole = {}
         whole = self._whole[request] = self._of_length(known)
-        if self._since == math.inf:
-            self._since = self._counted_at = request.arrival
-        decay = math.exp(-max(request.arrival - self._counted_at, 0.0) / MEMORY)
-        self._arrived = self._arrived * decay + 1.0
-        self._came = self._came * decay + whole
-        self._counted_at = max(request.arrival, self._counted_at)
-        seen = MEMORY * (1.0 - math.exp(-max(self._counted_at - self._since, 1.0) / MEMORY))
-        self.arrivals, self.load = self._arrived / seen, self._came / seen
+        self.arrivals.meet(request.arrival, known, whole)
         return whole

@@ -4,13 +4,10 @@ function of a window of observations; `core.policies.SemiPD` collects the window
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from semipd.core.types import Event, Finished, FinishReason, Lane, Split, Stepped, Tokens
-
-RECENT = 0.02  # weight of the newest request in what `Lateness` knows
-TOLERATED = 0.08  # share of requests that may come near to their target before it presses fully
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,26 +16,6 @@ class Targets:
 
     ttft: float = math.inf
     tpot: float = math.inf
-
-
-class Lateness:
-    """An observer of how near recent first tokens came to their targets. pressure: 0 to 1; 1 when the share
-    `TOLERATED` of recent requests used up their target but for the part `margin`. targets: by class."""
-
-    def __init__(self, targets: Mapping[str, Targets], margin: float) -> None:
-        self._targets, self._part = targets, 1.0 - margin
-        self._share = self.pressure = 0.0
-
-    def __call__(self, event: Event) -> None:
-        if not isinstance(event, Tokens):
-            return
-        for request in reversed(event.requests):  # whoever had a prompt in the step comes last
-            if len(request.output) > 1:
-                return
-            target = self._targets.get(request.service_class, self._targets["default"])
-            late = request.first_token_at - request.arrival > self._part * target.ttft
-            self._share += (late - self._share) * RECENT
-            self.pressure = min(self._share / TOLERATED, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

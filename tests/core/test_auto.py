@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.core.admission import Aggressive
-from semipd.core.auto import MISS, Auto, Prompt, Queue, Way
+from semipd.core.auto import MISS, Auto, Way
+from semipd.core.backlog import Kind, Prompt, Queue
 from semipd.core.engine import Engine
 from semipd.core.kv import BlockPool
 from semipd.core.order import PromptWork
@@ -125,6 +127,7 @@ def test_a_wrong_cost_model_is_corrected_by_what_is_observed(truth: float) -> No
     rig = Rig(Targets(30.0, 0.012), truth)
     rig.streams(output=300)
     for _ in range(6):
+        rig.run(0.5)
         rig.add(3000, 1)
     rig.run()
     assert rig.auto._correction.slowness[Lane.DECODE] == pytest.approx(truth, rel=0.25)
@@ -245,27 +248,23 @@ def test_decode_is_held_when_a_prompt_is_in_time_on_the_whole_device_alone() -> 
     assert not [event for event in rig.launches(Lane.DECODE) if begin <= event.now < end]
 
 
-def scores(*ways: Way, streams: Streams, pressure: float = 0.0, load: float = 0.6) -> list[float]:
+def scores(*ways: Way, streams: Streams, kinds: Sequence[Kind] = (), load: float = 0.6) -> list[float]:
     """Of ways for one prompt of 0.2 s that cannot be late, while 6 prompts a second arrive."""
     prompts = [Prompt(0.2, math.inf, math.inf)]
     auto = Rig(Targets(0.5 / 0.85, 1.0)).auto
-    return auto._scores(list(ways), Queue(prompts, 0.2, math.inf, 6.0, load, pressure), streams)
+    return auto._scores(list(ways), Queue(prompts, 0.2, 0.2, math.inf, 6.0, load, list(kinds)), streams)
 
 
 def test_the_chance_that_a_later_prompt_is_late() -> None:
     """Monte-Carlo of an M/M/1 queue: exponential work, Poisson arrivals, first in first out."""
     rng, rate = Random(7), 0.9
-    behind = 0.5 * 0.2 / rate  # work that is there when they come
     waited, late, count = 0.0, 0, 60_000
     for _ in range(count):
-        late += waited > 0.5 - behind - 0.1 / rate
+        late += waited > 0.5 - 0.2 / rate
         waited = max(waited + rng.expovariate(10.0) / rate - rng.expovariate(6.0), 0.0)
-    calm, pressed = (
-        scores(
-            Way(8, 8, 0, rate, 0.01), streams=Streams([], 0, 0.0, math.inf, 0.0, 1.0), pressure=pressure
-        )[0]
-        for pressure in (0.0, 1.0)
-    )
+    way, nobody = Way(8, 8, 0, rate, 0.01), Streams([], 0, 0.0, math.inf, 0.0, 1.0)
+    (pressed,) = scores(way, streams=nobody, kinds=[Kind(1.0, 1.0, 0.1, 0.2)])
+    (calm,) = scores(way, streams=nobody)
     come = 6.0 * 0.2 / (rate - 0.6)
     assert (pressed - calm) / MISS == pytest.approx(come * late / count, rel=0.1)
 

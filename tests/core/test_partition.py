@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semipd.core.partition import (
-    Lateness,
     Observation,
     Paper,
     Shared,
@@ -23,7 +22,6 @@ from semipd.core.types import (
     FinishReason,
     Lane,
     Request,
-    Sampling,
     Split,
     Stepped,
     StepResult,
@@ -133,27 +131,3 @@ def test_windows_hold_quantiles_of_what_happened() -> None:
     assert (news.ttft, news.tpot) == (pytest.approx(1.0), pytest.approx(0.1))
     assert news.load == pytest.approx(0.1)  # ten steps of 0.2 s on half the device in 10 s
     assert collector.close(split, 11.0) is None, "a new window begins"
-
-
-def test_lateness_presses_as_far_as_recent_first_tokens_were_late() -> None:
-    lateness = Lateness({"default": Targets(1.0), "slow": Targets(10.0)}, 0.15)
-    running = Request("old", range(4), 9, output=[1, 2], first_token_at=9.0)  # late, but told before
-
-    def began(first: float, service_class: str = "default") -> None:
-        request = Request("r", range(4), 4, Sampling(), service_class=service_class, output=[1])
-        request.first_token_at = first
-        lateness(Tokens(0.0, (running, request), (5, 5)))
-
-    for _ in range(50):
-        began(0.8)
-        began(5.0, "slow")
-        lateness(Tokens(0.0, (running,), (5,)))
-    assert lateness.pressure == 0.0
-    began(0.9)
-    assert 0.0 < lateness.pressure < 1.0
-    for _ in range(10):
-        began(2.0)
-    assert lateness.pressure == 1.0
-    for _ in range(300):
-        began(0.1)
-    assert lateness.pressure < 0.01

@@ -1,0 +1,113 @@
+"""The prompts that are here and those to come: how much work, and in what time they should be done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from semipd.core.live import Live
+from semipd.core.order import Order, PromptWork
+from semipd.core.partition import Targets
+from semipd.core.types import Lane
+from semipd.core.urgency import MARGIN
+
+FORESEEN = 24  # prompts looked at one by one
+
+
+class Prompt(NamedTuple):
+    """work: seconds of prefill on the whole device until its first token. left: seconds until its target,
+    infinite when that is lost already: it can be neither met nor missed any more. soon: it may be late."""
+
+    work: float
+    left: float
+    soon: float
+
+
+class Kind(NamedTuple):
+    """Prompts to come. part: of all of them. load: part of the work to come that is theirs or before it.
+    scale: seconds in which the chance to wait falls to 1/e on the whole device without any load. delay:
+    seconds of work until a first token when nobody else comes."""
+
+    part: float
+    load: float
+    scale: float
+    delay: float
+
+
+class Queue(NamedTuple):
+    """work: the sum of theirs; backlog: the most. bearable: how much slower than on the whole device none
+    may be late. arrivals, load: prompts, and seconds of work, that come a second."""
+
+    prompts: list[Prompt]
+    work: float
+    backlog: float
+    bearable: float
+    arrivals: float
+    load: float
+    kinds: list[Kind]
+
+
+NOTHING = Queue([], 0.0, 0.0, math.inf, 0.0, 0.0, [])
+
+
+class Backlog:
+    """targets: by service class. work: what prompts take. limit: most prompt tokens of one step."""
+
+    def __init__(self, targets: Mapping[str, Targets], work: PromptWork, limit: int) -> None:
+        self._targets, self._work, self._limit = targets, work, limit
+
+    def queue(self, live: Live, order: Order | None, now: float) -> Queue:
+        """Everything that presses for prefill now."""
+        prompts = self._prompts(live, order, now)
+        if not prompts:
+            return NOTHING
+        work, come = [prompt.work for prompt in prompts], self._work
+        most = max(work)
+        bearable = min([prompt.soon / max(prompt.work, 1e-9) for prompt in prompts])
+        kinds = self._kinds(work[0], most, order is not None)
+        return Queue(prompts, sum(work), most, bearable, come.arrivals.rate, come.load, kinds)
+
+    def _prompts(self, live: Live, order: Order | None, now: float) -> list[Prompt]:
+        """In the order in which they run. They share steps: many in one take much less than each alone."""
+        queue = [*live.prefilling, *live.waiting]
+        if not queue:
+            return []
+        work, default = self._work, self._targets["default"]
+        running = before = work.running if live.busy(Lane.PREFILL) else 0.0
+        found: list[Prompt] = []
+        tokens, seconds = 0, 0.0  # of the step that is being filled
+        for request in (sorted(queue, key=order) if order else queue)[:FORESEEN]:
+            missing, until, own = request.known - request.planned, running, 0.0
+            if missing > 0:
+                if tokens + missing > self._limit:
+                    before, tokens = before + seconds, 0
+                tokens += missing
+                own = work.alone(request, missing)
+                seconds = own if tokens == missing else work.together(tokens)
+                until = before + seconds
+            target = self._targets.get(request.service_class, default)
+            left = request.arrival + target.ttft - now
+            if request.first_token_at >= 0 or left <= own:
+                left = math.inf
+            found.append(Prompt(until, left, left * (1.0 - MARGIN)))
+        if len(queue) > FORESEEN:
+            found.append(Prompt((before + seconds) * len(queue) / FORESEEN, math.inf, math.inf))
+        return found
+
+    def _kinds(self, first: float, most: float, by_length: bool) -> list[Kind]:
+        """first, most: seconds of work until one of the prompts that are here has its first token, and
+        until all have. by_length: the shortest go first, so that short ones do not wait for long ones, but
+        for a step that runs."""
+        come, step = self._work.arrivals, self._work.step
+        if not come.rate:
+            return []
+        mean, part = self._work.load / come.rate, come.long_part
+        if not by_length or not 0.0 < part < 1.0:
+            return [Kind(1.0, 1.0, mean / come.calm, 0.5 * most + max(step, mean))]
+        short = mean * (1.0 - come.long_load) / (1.0 - part)
+        long = mean * come.long_load / part
+        return [
+            Kind(1.0 - part, 1.0 - come.long_load, short / come.calm, first + step),
+            Kind(part, 1.0, mean / come.calm, 0.5 * most + max(step, long)),
+        ]

@@ -1,0 +1,64 @@
+"""How the planner sees prompts. A prompt of n tokens takes 1 + n / 10 ms on the whole device."""
+
+from __future__ import annotations
+
+import pytest
+
+from semipd.core.backlog import NOTHING, Backlog
+from semipd.core.live import Live
+from semipd.core.order import PromptWork
+from semipd.core.partition import Targets
+from semipd.core.types import Lane, Request, Sampling, Slice, Work
+from semipd.execute.sim import FixedCost
+
+UNITS = 16
+MODEL = FixedCost(UNITS, 1e-3, 1e-4, 0.0)
+
+
+def seen(lengths: list[int], arrivals: list[float] | None = None, now: float = 0.0):  # type: ignore[no-untyped-def]
+    """The queue of waiting prompts of these lengths, the shortest first; a target of a second."""
+    live, work = Live(64, frozenset(Lane)), PromptWork(MODEL, UNITS)
+    backlog = Backlog({"default": Targets(1.0, 1.0)}, work, 2048)
+    for index, (tokens, arrival) in enumerate(zip(lengths, arrivals or [0.0] * len(lengths), strict=True)):
+        live.waiting.append(Request(str(index), range(tokens), 2, Sampling(), arrival=arrival))
+    return backlog.queue(live, work.shortest(now), now)
+
+
+def test_nothing_presses_where_nothing_is() -> None:
+    assert seen([]) == NOTHING
+
+
+def test_prompts_that_fit_one_step_share_it() -> None:
+    queue = seen([800, 480, 640, 1600])
+    assert [prompt.work for prompt in queue.prompts] == pytest.approx([0.049, 0.113, 0.193, 0.354])
+    assert queue.backlog == pytest.approx(0.354) and queue.work == pytest.approx(0.709)
+    assert queue.bearable == pytest.approx(0.85 / 0.354)
+
+
+def test_what_cannot_be_met_any_more_presses_no_more() -> None:
+    queue = seen([4000, 160], arrivals=[-0.7, -0.7])
+    assert [prompt.left for prompt in queue.prompts] == pytest.approx([0.3, float("inf")])
+
+
+def test_many_more_than_are_looked_at_count_as_so_much_work() -> None:
+    queue = seen([2000] * 96)
+    assert len(queue.prompts) == 25 and queue.backlog == pytest.approx(96 * 0.201)
+
+
+def test_long_prompts_to_come_wait_for_all_and_short_ones_for_short_ones() -> None:
+    work = PromptWork(MODEL, UNITS)
+    backlog = Backlog({"default": Targets(1.0, 1.0)}, work, 2048)
+    assert backlog._kinds(0.0, 0.0, by_length=True) == []
+    for index in range(2000):
+        tokens = 4000 if index % 20 == 0 else 160
+        work.seconds(Request(str(index), range(tokens), 2, Sampling(), arrival=index / 40))
+    short, long = backlog._kinds(0.1, 3.0, by_length=True)
+    seconds = {tokens: MODEL.seconds(Work.of((Slice(0, 0, tokens),)), UNITS) for tokens in (160, 4000)}
+    assert (short.part, long.part) == pytest.approx((0.95, 0.05), rel=0.1)
+    assert short.load == pytest.approx(
+        0.95 * seconds[160] / (0.95 * seconds[160] + 0.05 * seconds[4000]), rel=0.1
+    )
+    assert (short.scale * work.arrivals.calm, long.load) == (pytest.approx(seconds[160], rel=0.01), 1.0)
+    assert short.delay == pytest.approx(0.1) and long.delay == pytest.approx(1.5 + seconds[4000], rel=0.01)
+    (everyone,) = backlog._kinds(0.1, 3.0, by_length=False)
+    assert everyone.part == everyone.load == 1.0 and everyone.scale == pytest.approx(long.scale)
