@@ -27,6 +27,8 @@ LANES = 16
 TILE_ROWS = 32  # keys of a prompt are packed by so many
 BASELINE, AVX2, AVX512, AVX512_VNNI, AVX512_BF16, AMX = range(6)
 
+SOURCES = Path(__file__).parents[1] / "csrc"
+
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -46,12 +48,24 @@ def load_kernels(most: int = AMX) -> Kernels | None:
     if found is None or found.origin is None:
         logger.info("no compiled kernels here, using torch alone")
         return None
+    if _is_older(Path(found.origin), SOURCES):
+        logger.warning(
+            "the compiled kernels are older than their sources (make install), using torch alone"
+        )
+        return None
     try:
         library = _open(Path(found.origin))
     except (OSError, AttributeError) as error:  # AttributeError: built from another version of the sources
         logger.warning("the compiled kernels cannot be loaded, using torch alone: %s", error)
         return None
     return Kernels(library, min(most, library.semipd_level()))
+
+
+def _is_older(library: Path, sources: Path) -> bool:
+    """Whether a source was changed after the library was built: it may not know its callers any more. False
+    where there are no sources."""
+    built = library.stat().st_mtime
+    return any(source.stat().st_mtime > built for source in sources.glob("*"))
 
 
 def _open(path: Path) -> ctypes.CDLL:

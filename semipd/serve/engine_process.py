@@ -6,6 +6,7 @@ Started by `launch` as a fresh interpreter, through `semipd.start`. No torch in 
 from __future__ import annotations
 
 import contextlib
+import gc
 import queue
 import signal
 import socket
@@ -64,9 +65,7 @@ def serve(
         return
     config = from_mapping({name: value for part in start.settings.values() for name, value in part.items()})
     start_logging(config.server.log_level.upper(), "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
-    planner = Planner(
-        lambda observers: build(config, (*observers, *_recorders(config))), targets_of(config.policy)
-    )
+    planner = Planner(lambda observers: _build(build, config, observers), targets_of(config.policy))
     outgoing: queue.SimpleQueue[Up | None] = queue.SimpleQueue()
     planner.listen(lambda message: outgoing.put(message))
     threading.Thread(target=_read, args=(incoming, planner), name="reader", daemon=True).start()
@@ -75,6 +74,14 @@ def serve(
     planner.run()
     outgoing.put(None)
     writer.join()
+
+
+def _build(
+    build: Callable[[Config, Sequence[Observer]], Engine], config: Config, observers: Sequence[Observer]
+) -> Engine:
+    engine = build(config, (*observers, *_recorders(config)))
+    gc.freeze()  # a collection that walks all modules would hold up the planner for 15 ms
+    return engine
 
 
 def _recorders(config: Config) -> list[Observer]:

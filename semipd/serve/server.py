@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -120,6 +121,7 @@ class _Server:
             if lost is not None and lost.refused:
                 raise ConfigError(lost.why) from None
             raise
+        gc.freeze()  # a collection that walks all modules would hold up every stream for 30 to 60 ms
         _say("\n".join(self._greeting(engine)))
 
     def _greeting(self, engine: EngineInfo) -> Iterator[str]:

@@ -323,9 +323,15 @@ def test_without_a_compiler_or_with_an_old_library_torch_alone_computes(
         Bench(load_model(folder)).open(0, [1, 2])
     assert sum("no compiled kernels" in record.message for record in caplog.records) == 2
     other = importlib.util.find_spec("_ctypes")  # a library without our functions
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: other)
-    assert load_kernels() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: other)
+        patch.setattr("semipd.model.kernels.SOURCES", tmp_path / "none")
+        assert load_kernels() is None
     assert "cannot be loaded" in caplog.text
+    (tmp_path / "changed.c").touch()
+    monkeypatch.setattr("semipd.model.kernels.SOURCES", tmp_path)
+    assert load_kernels() is None
+    assert "older than their sources" in caplog.text
 
 
 OPTIONS: list[dict[str, Any]] = [
