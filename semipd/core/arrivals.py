@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 MEMORY = 10.0  # seconds over which they are averaged
+FIRST = 2.0  # seconds, or those that come at once at the start would be the rule
 _FEW = 8.0  # arrivals that do not say yet how even their gaps are
 _MOST = 9.0  # squared variation of gaps that is believed
 
@@ -46,7 +47,7 @@ class Arrivals:
         self._conclude()
 
     def _conclude(self) -> None:
-        seen = MEMORY * (1.0 - math.exp(-max(self._last - self._since, 1.0) / MEMORY))
+        seen = MEMORY * (1.0 - math.exp(-max(self._last - self._since, FIRST) / MEMORY))
         self.rate, self.load = self._prompts / seen, self._seconds / seen
         self.long_part, self.long_load = self._long / self._prompts, self._long_seconds / self._seconds
         gaps = _variation(self._prompts, self._gaps, self._gaps2) if self._prompts > _FEW else 1.0

@@ -27,9 +27,10 @@ from semipd.core.partition import Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.types import Device, Event, Finished, Lane, Launched, Plan, Slice, Split, Stepped, Work
-from semipd.core.urgency import MARGIN, Streams, Urgency, miss
+from semipd.core.urgency import Streams, Urgency, miss
 
 MISS = 30.0  # seconds of latency that one missed target is worth
+OVERLOAD = 5.0  # power of load over rate by which a busy period grows when there is no end to it
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 APART = 1.25  # units of decode in a split, at least, over those in the one before it
 DECODES, CONTEXT, PROMPTS = 4.0, 2.0, 2.0  # levels to an octave: of sequences, their context, prefill steps
@@ -65,7 +66,6 @@ class Auto:
         self.limits, self._device, self._cost = limits, device, cost
         self._chunks = tuple(chunks)
         self._work = work or PromptWork(cost, device.units)
-        self._soon = (1.0 - MARGIN) * targets["default"].ttft  # what a prompt yet to come should not exceed
         self._correction = Correction(cost)
         self._ways_of: dict[Key, list[Way]] = {}
         self._tables: dict[tuple[Key, bool, bool], list[Way]] = {}
@@ -164,7 +164,7 @@ class Auto:
         groups, size, tokens, shortest, longest, pace = streams
         alone = table[-1].step  # a decode step without prompts
         top = max([way.rate for way in table if way.step < math.inf])  # the best that does not hold decode
-        scores = []
+        scores, due = [], self._backlog.soon
         for _, _, _, rate, step in table:
             misses = wait = 0.0
             if not rate:
@@ -176,16 +176,16 @@ class Auto:
                     if (first := wait + first * slowness) > soon:
                         misses += miss(first, left)
             spare, share = kept - load, load / kept
-            if share > 0.95:
-                spare, share = 0.05 * kept, 0.95
+            if share > 0.95:  # the more comes than is worked off, the longer it lasts
+                spare, share = 0.05 * kept * (0.95 / share) ** OVERLOAD, 0.95
             busy = wait + backlog / spare
             found = arrivals * busy  # arrive meanwhile, and find half of what is waiting now
             behind = 0.5 * (wait + backlog * slowness)
             total = len(prompts) * wait + work * slowness + found * behind
             for part, before, scale, delay in kinds:
                 full = share * before
-                left = (self._soon - wait - delay * slowness) * kept / scale
-                late = full * math.exp(-(1.0 - full) * left) if left > 0.0 else full
+                left = (due - wait - delay * slowness) * kept / scale
+                late = math.exp(-(1.0 - full) * left) if left > 0.0 else 1.0
                 misses += found * part * late
             rest = 1.0 / (share / step + (1.0 - share) / alone)
             done = busy / step  # 0 while decode is held: then `step` is infinite

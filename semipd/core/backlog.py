@@ -26,8 +26,8 @@ class Prompt(NamedTuple):
 
 class Kind(NamedTuple):
     """Prompts to come. part: of all of them. load: part of the work to come that is theirs or before it.
-    scale: seconds in which the chance to wait falls to 1/e on the whole device without any load. delay:
-    seconds of work until a first token when nobody else comes."""
+    delay: seconds until all that is here and goes before them is done. scale: seconds in which the chance
+    to have no first token by then falls to 1/e, without any load. On the whole device."""
 
     part: float
     load: float
@@ -52,10 +52,12 @@ NOTHING = Queue([], 0.0, 0.0, math.inf, 0.0, 0.0, [])
 
 
 class Backlog:
-    """targets: by service class. work: what prompts take. limit: most prompt tokens of one step."""
+    """targets: by service class. work: what prompts take. limit: most prompt tokens of one step. soon: what
+    prompts yet to come should not exceed, in seconds."""
 
     def __init__(self, targets: Mapping[str, Targets], work: PromptWork, limit: int) -> None:
         self._targets, self._work, self._limit = targets, work, limit
+        self.soon = (1.0 - MARGIN) * targets["default"].ttft
 
     def queue(self, live: Live, order: Order | None, now: float) -> Queue:
         """Everything that presses for prefill now."""
@@ -99,15 +101,15 @@ class Backlog:
         """first, most: seconds of work until one of the prompts that are here has its first token, and
         until all have. by_length: the shortest go first, so that short ones do not wait for long ones, but
         for a step that runs."""
-        come, step = self._work.arrivals, self._work.step
+        come = self._work.arrivals
         if not come.rate:
             return []
         mean, part = self._work.load / come.rate, come.long_part
+        everyone = Kind(1.0, 1.0, mean / come.calm, 0.5 * most)
         if not by_length or not 0.0 < part < 1.0:
-            return [Kind(1.0, 1.0, mean / come.calm, 0.5 * most + max(step, mean))]
+            return [everyone]
         short = mean * (1.0 - come.long_load) / (1.0 - part)
-        long = mean * come.long_load / part
-        return [
-            Kind(1.0 - part, 1.0 - come.long_load, short / come.calm, first + step),
-            Kind(part, 1.0, mean / come.calm, 0.5 * most + max(step, long)),
-        ]
+        kinds = [everyone._replace(part=part)]
+        if (delay := first + self._work.step) < self.soon:  # else they are late in any case
+            kinds.append(Kind(1.0 - part, 1.0 - come.long_load, short / come.calm, delay))
+        return kinds

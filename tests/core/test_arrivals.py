@@ -30,10 +30,11 @@ def test_how_even_what_comes_is() -> None:
 
 def test_prompts_that_come_at_once_or_out_of_order_are_no_trouble() -> None:
     arrivals = seen([0.0] * 50, [100] * 50)
-    assert arrivals.rate == pytest.approx(50, rel=0.06) and arrivals.load == pytest.approx(5.0, rel=0.06)
+    assert arrivals.rate == pytest.approx(25, rel=0.15)  # at least two seconds are looked at
+    assert arrivals.load == pytest.approx(0.1 * arrivals.rate)
     assert 0.2 <= arrivals.calm <= 2.0
     arrivals.meet(990.0, 100, 0.1)
-    assert arrivals.rate == pytest.approx(51, rel=0.06)
+    assert arrivals.rate == pytest.approx(25, rel=0.15)
 
 
 def test_long_prompts_are_told_from_short_ones() -> None:

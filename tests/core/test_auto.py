@@ -260,8 +260,9 @@ def test_the_chance_that_a_later_prompt_is_late() -> None:
     rng, rate = Random(7), 0.9
     waited, late, count = 0.0, 0, 60_000
     for _ in range(count):
-        late += waited > 0.5 - 0.2 / rate
-        waited = max(waited + rng.expovariate(10.0) / rate - rng.expovariate(6.0), 0.0)
+        there = waited + rng.expovariate(10.0) / rate
+        late += there > 0.5 - 0.2 / rate
+        waited = max(there - rng.expovariate(6.0), 0.0)
     way, nobody = Way(8, 8, 0, rate, 0.01), Streams([], 0, 0.0, math.inf, 0.0, 1.0)
     (pressed,) = scores(way, streams=nobody, kinds=[Kind(1.0, 1.0, 0.1, 0.2)])
     (calm,) = scores(way, streams=nobody)
