@@ -42,7 +42,7 @@ def line(stats: Stats, last: Stats | None, seconds: float) -> str:
     return (
         f"prompt {prompt / seconds:.0f} tok/s, generation {generated / seconds:.0f} tok/s, "
         f"running {stats.running}, waiting {stats.waiting}, KV {100 * stats.kv_usage:.0f}%, "
-        f"prefix hits {share}, split {stats.metrics.split}{_attained(stats, last)}"
+        f"prefix hits {share}, split prefill:decode {stats.metrics.split}{_attained(stats, last)}"
     )
 
 
