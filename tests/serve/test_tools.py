@@ -133,7 +133,8 @@ def test_a_stream_has_the_same(theirs: openai.OpenAI, client: httpx.Client) -> N
         assert not choices[-1].delta.tool_calls and choices[-1].finish_reason
         parts = [part for choice in choices for part in choice.delta.tool_calls or ()]
         calls = [part for part in parts if part.id]
-        assert [call.index for call in calls] == [0, 1] and len(parts) > 6
+        # Heads and arguments apart; how many pieces arguments come in is up to how fast it goes.
+        assert [call.index for call in calls] == [0, 1] and len(parts) >= 4
         for call, expected in zip(calls, whole["tool_calls"], strict=True):
             assert (call.function.name, call.function.arguments) == (expected["function"]["name"], "")
             told = [part.function.arguments for part in parts if part.index == call.index]
