@@ -44,10 +44,10 @@ def renewed(executor: CpuExecutor, before: dict[str, int | None]) -> bool:
 
 
 def test_at_rest_workers_are_forked_anew_with_a_tokenizer(folder: Path, executor: CpuExecutor) -> None:
+    before = executor.processes()
     driver = Driver(executor, 4)
     driver.open(0, PROMPT)
     expected = driver.generate(0, PROMPT, 2)
-    before = executor.processes()
     eventually(lambda: renewed(executor, before))
     assert executor.processes()["resident"] == before["resident"]
     assert len(os.listdir(f"/proc/{before['resident']}/task")) == 1, "or it could not fork any more"
