@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -23,7 +24,7 @@ from semipd.serve.service import Service
 from semipd.serve.session import Session
 from semipd.serve.thread_link import EngineThread, ThreadLink
 from semipd.serve.tokenizer import Tokenizer
-from tests.serve.fakes import MAX_LENGTH, LiveFake, make_engine
+from tests.serve.fakes import MAX_LENGTH, LiveFake, make_engine, make_tokenizer
 
 
 class Serving:
@@ -84,3 +85,15 @@ def serving(
         engine_thread.close()
         listener.close()
     assert not thread.is_alive(), "the server did not stop"
+
+
+def script_of(text: str) -> list[int]:
+    """The tokens of an answer, and its end."""
+    return [*make_tokenizer().encode(text).ids, 0]
+
+
+@contextmanager
+def speaking(folder: Path, text: str, **more: Any) -> Iterator[Serving]:
+    """A server on which every answer is this text. more: as for `serving`."""
+    with serving(folder, LiveFake(script=script_of(text)), length=1024, **more) as running:
+        yield running

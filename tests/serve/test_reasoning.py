@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from semipd.core.types import Sampling
 from semipd.serve.reasoning import ReasoningFinder
 from tests.serve.fakes import LiveFake, make_folder, make_tokenizer
-from tests.serve.serving import Serving, serving
+from tests.serve.serving import Serving, speaking
 
 CHAT = "/v1/chat/completions"
 USER: dict[str, Any] = {"role": "user", "content": "and köln?"}
@@ -71,13 +70,6 @@ def test_pieces_do_not_matter(text: str, begun: bool, cuts: list[int]) -> None:
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 SAID = f"<think>\nköln, {CALL}?\n</think>\n\nlet me see.\n{CALL}"
 TOOL = {"type": "function", "function": {"name": "f"}}
-
-
-@contextmanager
-def speaking(folder: Path, text: str, **more: Any) -> Iterator[Serving]:
-    script = [*make_tokenizer().encode(text).ids, 0]
-    with serving(folder, LiveFake(script=script), length=512, **more) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

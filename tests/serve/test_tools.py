@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from tests.serve.fakes import LiveFake, make_folder, make_tokenizer
-from tests.serve.serving import Serving, serving
+from tests.serve.serving import Serving, script_of, serving, speaking
 
 LENGTH = 1024
 CHAT = "/v1/chat/completions"
@@ -47,17 +46,6 @@ def strict(parameters: dict[str, Any]) -> dict[str, Any]:
 USER: dict[str, Any] = {"role": "user", "content": "and köln?"}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "köln"}}\n</tool_call>'
 SAID = f"let me see.\n{CALL}\n{CALL}"
-
-
-def script_of(text: str) -> list[int]:
-    return [*make_tokenizer().encode(text).ids, 0]
-
-
-@contextmanager
-def speaking(folder: Path, text: str, **more: Any) -> Iterator[Serving]:
-    """A server on which every answer is this text."""
-    with serving(folder, LiveFake(script=script_of(text)), length=LENGTH, **more) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
