@@ -7,11 +7,12 @@
             + a * cached positions read by single tokens + b * attended pairs of prompts
             + c * positions read by prompts + d * sequences
 
-with all prices at least 0, so more work never takes less time. A step of nothing but single tokens that are
-all sampled has prices of its own (step, tokens, cached positions): executors run it in another way than one
-that holds a piece of a prompt, in a few compiled calls or as a captured graph. Beside the other lane a step
-takes `slowdown` times as long. Another model than the measured one is priced by the ratio of their shapes:
-rough, but `auto` corrects its model by what it observes.
+with all prices at least 0, so more work never takes less time. A step of nothing but single tokens that
+are all sampled has prices of its own (step, tokens, cached positions): many executors run it in another
+way than one that holds a piece of a prompt, as a captured graph or, on processors without tiles, in
+compiled calls. Beside the other lane a step takes `slowdown` times as long. Another model than the
+measured one is priced by the ratio of their shapes: rough, but `auto` corrects its model by what it
+observes.
 """
 
 from __future__ import annotations
