@@ -50,7 +50,8 @@ _LONGEST_PAUSE = 500e-6
 class Share:
     """The cores of lane number `lane`, out of `cores` (system numbers, ascending).
 
-    lock: a descriptor of the shared file, for rule 4. set_threads: told the number of cores, on change.
+    lock: a descriptor of the shared file, for rule 4. place: told the cores, on change, once all threads may run
+    on these alone; the one that a shrinking lane keeps longest comes first.
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class Share:
         lane: int,
         cores: Sequence[int],
         lock: int,
-        set_threads: Callable[[int], None],
+        place: Callable[[Sequence[int]], None],
     ) -> None:
         self._words = words
         self._lane = lane
         self._cores = tuple(cores)
         self._lock = lock
-        self._set_threads = set_threads
+        self._place = place
         self._held = 0  # what our word in shared memory says
         self._applied = 0  # where the threads are: stays when the lane goes idle
         self._target = -1
@@ -141,7 +142,7 @@ class Share:
         return len(self._cores) if mine and held <= theirs else len(self._cores) - held
 
     def _apply(self, count: int) -> None:
-        """Move every thread of this process to the lane's first `count` cores, and use as many threads."""
+        """Move every thread of this process to the lane's first `count` cores, and place them there."""
         if count in (0, self._applied):
             return
         self._applied = count
@@ -149,7 +150,7 @@ class Share:
         for thread in thread_ids():
             with contextlib.suppress(OSError):  # a thread that ended, or a core that was taken from us
                 os.sched_setaffinity(thread, cores)
-        self._set_threads(count)
+        self._place(cores[::-1] if self._lane else cores)
 
 
 def available_cores() -> tuple[int, ...]:

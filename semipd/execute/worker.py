@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import select
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from semipd.execute.shared import SharedMemory
 from semipd.execute.wire import Channel, Done, Job, cut_scores
 from semipd.model.dense import DenseModel
 from semipd.model.grammar import GrammarTokenizer
+from semipd.model.kernels import Kernels, place_threads
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
     more. A failed job is answered with its error."""
     keep_freed_memory()
     shared = storage.shared
-    share = Share(shared.words, lane, storage.cores, shared.descriptor, torch.set_num_threads)
+    share = Share(shared.words, lane, storage.cores, shared.descriptor, _placing(storage.model.kernels))
     folder, grammar = storage.folder, storage.grammar
     runner = Runner(storage.model, shared.table, storage.pool, folder=folder, grammar=grammar)
     with torch.inference_mode():
@@ -55,6 +57,17 @@ def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
             shared.words.run(lane, job.step)
             for answer in _run(job, runner, share):
                 jobs.send(answer)
+
+
+def _placing(kernels: Kernels | None) -> Callable[[Sequence[int]], None]:
+    """What puts as many threads as there are cores on them, one on each where there are compiled kernels."""
+
+    def place(cores: Sequence[int]) -> None:
+        torch.set_num_threads(len(cores))
+        if kernels is not None:
+            place_threads(kernels, cores)
+
+    return place
 
 
 def _outdated(jobs: Channel[Job], storage: Storage) -> bool:

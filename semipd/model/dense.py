@@ -48,7 +48,8 @@ class StepInputs:
 
 
 class DenseModel:
-    """Weights in compute form. Nothing in it changes after `load_model`."""
+    """Weights in compute form. Nothing in it changes after `load_model`. kernels: what it computes with, or
+    None where torch alone does."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class DenseModel:
         kernels: Kernels | None = None,
     ) -> None:
         self.spec = spec
-        self._kernels = kernels
+        self.kernels = kernels
         self.dtype = dtype
         self._embedding = embedding
         self._layers = layers
@@ -82,9 +83,9 @@ class DenseModel:
     def fused_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> FusedStep | None:
         """What computes steps in a few calls (see `FusedStep`), with the same bits as `forward`; None where
         some layer has no compiled form."""
-        if self._kernels is None or not self._compiled:
+        if self.kernels is None or not self._compiled:
             return None
-        return FusedStep(self._kernels, self._parts, kv, tokens, tables)
+        return FusedStep(self.kernels, self._parts, kv, tokens, tables)
 
     def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Boundary) -> torch.Tensor:
         """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the
@@ -109,7 +110,7 @@ class DenseModel:
             hidden = self._padded(hidden)
             turns = ops.rotations(inputs.positions, self._frequencies, self._rope_factor, inputs.kv_rows)
             plans = {
-                window: plan_attention(inputs.ragged, Pool.of(kv), window, self._kernels)
+                window: plan_attention(inputs.ragged, Pool.of(kv), window, self.kernels)
                 for window in {layer.window for layer in self._layers}
             }
             normed = ops.norm(hidden, self._layers[0].attention_norm, eps)

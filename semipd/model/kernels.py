@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ def load_kernels(most: int = AMX) -> Kernels | None:
     return Kernels(library, min(most, library.semipd_level()))
 
 
+def place_threads(kernels: Kernels, cores: Sequence[int]) -> None:
+    """Tie one thread of this thread's team, as large as there are cores, to each; this one to the first."""
+    numbers = np.array(cores, np.int32)
+    kernels.library.semipd_place(numbers.ctypes.data, len(numbers))
+
+
 def _is_older(library: Path, sources: Path) -> bool:
     """Whether a source was changed after the library was built: it may not know its callers any more. False
     where there are no sources."""
@@ -74,6 +81,8 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(path))
     library.semipd_level.restype = ctypes.c_int
+    library.semipd_place.argtypes = [_POINTER, _LONG]
+    library.semipd_place.restype = None
     library.semipd_decode_attention.argtypes = [_POINTER] * 4
     library.semipd_decode_attention.restype = None
     library.semipd_prefill_attention.argtypes = [_POINTER] * 4

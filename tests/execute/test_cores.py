@@ -50,7 +50,7 @@ class Pair:
         self.where = tuple(where)
 
     def _count(self, lane: int):  # type: ignore[no-untyped-def]
-        return lambda count: self.threads.__setitem__(lane, count)
+        return lambda cores: self.threads.__setitem__(lane, len(cores))
 
 
 @pytest.fixture
@@ -65,6 +65,18 @@ def test_prefill_takes_the_low_end_and_decode_the_high_end(pair: Pair) -> None:
     pair.decode.take()
     assert pair.where == (3, 4, 5, 6, 7)
     assert pair.held == (3, 5) and pair.threads == [3, 5]
+
+
+def test_the_main_thread_is_placed_where_its_lane_stays_longest(
+    memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes first among the cores, and a lane shrinks towards its own end: the thread need not move."""
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, where: None)
+    placed: list[int] = []
+    memory.words.set_target(Split.pair(3, 5, UNITS))
+    for lane in (0, 1):
+        Share(memory.words, lane, range(UNITS), memory.descriptor, placed.extend).take()
+    assert placed == [0, 1, 2, 7, 6, 5, 4, 3]
 
 
 def test_a_lane_grows_only_after_the_other_shrank(pair: Pair) -> None:
@@ -224,7 +236,7 @@ def rest():
     share.give_back()
 
 os.sched_setaffinity = move
-share = cores.Share(memory.words, lane, range(units), descriptor, lambda count: None)
+share = cores.Share(memory.words, lane, range(units), descriptor, lambda cores: None)
 end = time.monotonic() + 1.0
 steps = 0
 while time.monotonic() < end:

@@ -21,6 +21,7 @@ from semipd.execute.cores import available_cores
 from semipd.execute.cpu import CpuExecutor
 from semipd.execute.launch import environment
 from semipd.execute.wire import cut_scores
+from semipd.model.kernels import load_kernels
 from tests.checkpoints import VOCABULARY
 from tests.execute.conformance import Driver, ExecutorConformance, Harness
 from tests.execute.constrained import CHECKS, Check, survives_a_death
@@ -143,6 +144,19 @@ class TestCores:
         slow.resize(Split.lone(Lane.DECODE, UNITS))
         driver.run(Lane.DECODE, Slice(1, 7, 1))
         assert cores_of(decode) == set(cores)
+
+
+@pytest.mark.skipif(load_kernels() is None, reason="the kernels were not built")
+def test_every_thread_of_a_lane_has_a_core_of_its_own(lasting: CpuExecutor) -> None:
+    """Those that share all cores of their lane are woken on one."""
+    cores, driver = available_cores(), Driver(lasting, 4)
+    driver.open(0, PROMPT)
+    for lane in (Lane.PREFILL, Lane.DECODE):
+        lasting.resize(Split.lone(lane, UNITS))
+        driver.run(lane, Slice(0, 0, 13))
+        threads = Path(f"/proc/{pid_of(lasting, lane.value)}/task").iterdir()
+        where = [os.sched_getaffinity(int(thread.name)) for thread in threads]
+        assert sorted(where, key=min) == [{core} for core in cores]
 
 
 def test_weights_are_in_memory_once(wide: Path, checkpoint: Path) -> None:
