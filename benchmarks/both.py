@@ -68,12 +68,23 @@ class Machine:
 @contextmanager
 def machine(shape: str, seconds: float, device: Path | None = None) -> Iterator[Machine]:
     """Write the model's folder and profile it, unless a device file of it is given."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_shape(shape, Path(folder) / shape)
-        file = device or Path(folder) / "cpu.json"
+    with model_of(shape) as model:
+        file = device or model.parent / "cpu.json"
         if device is None:
-            write_device(profile(str(model), ProfileOptions(seconds=seconds, load_format="dummy")), file)
+            write_device(profile(str(model), profiling(seconds)), file)
         yield Machine(shape, model, file)
+
+
+@contextmanager
+def model_of(shape: str) -> Iterator[Path]:
+    """A folder with a config of this shape and no weights; random ones are made when it is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_shape(shape, Path(folder) / shape)
+
+
+def profiling(seconds: float) -> ProfileOptions:
+    """How a model of random weights is profiled."""
+    return ProfileOptions(seconds=seconds, load_format="dummy")
 
 
 def lengths(

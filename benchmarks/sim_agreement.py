@@ -1,7 +1,9 @@
 """How well the simulator agrees with the engine on this machine: profile, run and simulate, back to back.
 
 A Poisson load of short and long prompts, scaled to keep the machine half busy, runs on the real engine
-under several policies; the same arrivals then run in the simulator on the profile that was just made.
+under several policies; the same arrivals then run in the simulator. A profile is made before the first run
+and after each one, and each run is simulated on the two beside it: machines that others share change their
+pace within minutes, and what is compared is the model, not the minutes.
 
     python benchmarks/sim_agreement.py                    # 0.5B shape, random weights, bf16; 60 s a policy
     python benchmarks/sim_agreement.py --shape 12m --seconds 20
@@ -20,8 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.both import Machine, lengths, machine, poisson, run_real, run_simulated
+from benchmarks.both import Machine, lengths, model_of, poisson, profiling, run_real, run_simulated
 from benchmarks.machine import deliver, describe
+from semipd.bench.profile import Measured, measure, write_device
+from semipd.bench.profile import describe as describe_profiles
 from semipd.core.partition import Targets
 from semipd.trace import Arrival
 
@@ -48,10 +52,8 @@ def mixed_load(of: Machine, seconds: float, load: float, seed: int) -> list[Arri
     return poisson(generator, pairs, of.rate(pairs, load), 0.0, seconds)
 
 
-def compare(of: Machine, name: str, arrivals: list[Arrival]) -> dict[str, Any]:
+def compare(name: str, real: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
     """Each figure as the engine gave it, as the simulator did, and the relative difference."""
-    real = run_real(of, WAYS[name], arrivals, Targets())
-    simulated = run_simulated(of, WAYS[name], arrivals, Targets())
     row: dict[str, Any] = {"way": name, "requests": real["requests"]}
     for figure, (key, part) in FIGURES.items():
         values = [result[key] if part is None else result[key][part] for result in (real, simulated)]
@@ -81,22 +83,40 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=150).print(table)
 
 
+def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(figures of every way, how well the profiles were fitted)."""
+    rows, fits = [], []
+    with model_of(options.shape) as model:
+        profiles = [measure(str(model), profiling(options.profile_seconds))]
+        of = _machine(options.shape, model, profiles)
+        arrivals = mixed_load(of, options.seconds, options.load, options.seed)
+        for name in options.ways:
+            real = run_real(of, WAYS[name], arrivals, Targets())
+            profiles = [profiles[-1], measure(str(model), profiling(options.profile_seconds))]
+            of = _machine(options.shape, model, profiles)
+            rows.append(compare(name, real, run_simulated(of, WAYS[name], arrivals, Targets())))
+            fits.append(json.loads(of.device.read_text())["fit"])
+    return rows, fits
+
+
+def _machine(shape: str, model: Path, profiles: list[Measured]) -> Machine:
+    file = model.parent / "cpu.json"
+    write_device(describe_profiles(profiles), file)
+    return Machine(shape, model, file)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=("0.5b", "12m"), default="0.5b")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, metavar="NAME")
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, for each policy")
-    parser.add_argument("--profile-seconds", type=float, default=60.0)
+    parser.add_argument("--profile-seconds", type=float, default=40.0, help="of each profile")
     parser.add_argument("--load", type=float, default=0.5, help="share of the machine's time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=Path, help="use this device file instead of a fresh profile")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     busy = os.getloadavg()[0]
-    with machine(options.shape, options.profile_seconds, options.device) as found:
-        arrivals = mixed_load(found, options.seconds, options.load, options.seed)
-        rows = [compare(found, name, arrivals) for name in options.ways]
-        fit = json.loads(found.device.read_text())["fit"]
+    rows, fits = run(options)
     show(rows)
     result = {
         "benchmark": "sim_agreement",
@@ -105,7 +125,7 @@ def main() -> int:
         "load": options.load,
         "load_average_before": busy,
         "machine": describe(),
-        "fit": fit,
+        "fits": fits,
         "rows": rows,
     }
     deliver(result, options.out)

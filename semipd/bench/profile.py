@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from semipd.bench.profile_cpu import (
     Bench,
     Slowdown,
     affordable,
+    mean_slowdown,
     measure_alone,
     measure_beside,
     measure_engine,
@@ -29,7 +31,7 @@ from semipd.bench.profile_cpu import (
 from semipd.bench.profile_gpu import device_entries
 from semipd.bench.profile_plots import plot_fitted, plot_measured
 from semipd.bench.report import json_line
-from semipd.bench.step_fit import Fit, fit_prices
+from semipd.bench.step_fit import Fit, Timing, fit_prices, mean_timings
 from semipd.build import Resolved, build_engine, resolve
 from semipd.config import from_mapping
 from semipd.core.errors import ConfigError
@@ -73,8 +75,25 @@ class ProfileOptions:
         check_fields(self)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one round of measuring found. timings: by units. paces: (mean seconds, mean work) of steps of
+    decode under the planner."""
+
+    resolved: Resolved
+    timings: dict[int, list[Timing]]
+    slowdowns: list[Slowdown]
+    paces: list[tuple[float, Work]]
+    switch_seconds: float
+
+
 def profile(model: str | None, options: ProfileOptions) -> dict[str, Any]:
     """Measure; the content of a device file. Raises ConfigError for a model that cannot be loaded."""
+    return describe([measure(model, options)])
+
+
+def measure(model: str | None, options: ProfileOptions) -> Measured:
+    """One round, on this machine's cores. Raises ConfigError for a model that cannot be loaded."""
     slots = BATCHES[-1]
     settings = {
         "model": model,
@@ -97,7 +116,6 @@ def profile(model: str | None, options: ProfileOptions) -> dict[str, Any]:
         units = some_units(device.units)
         steps = affordable(bench, steps, units, SHARES[0] * options.seconds)
         timings = measure_alone(bench, steps, units, SHARES[0] * options.seconds)
-        fits = {count: fit_prices(rows) for count, rows in timings.items()}
         shares = [*some_splits(device.legal_splits), (device.units, device.units)]
         slowdowns = measure_beside(bench, shares, SHARES[1] * options.seconds, slots, engine.max_length)
         paces = [
@@ -106,7 +124,7 @@ def profile(model: str | None, options: ProfileOptions) -> dict[str, Any]:
         ]
     finally:
         engine.executor.close()
-    return describe(resolved, fits, slowdowns, paces, device.switch_seconds)
+    return Measured(resolved, timings, slowdowns, paces, device.switch_seconds)
 
 
 def some_units(units: int) -> list[int]:
@@ -121,14 +139,15 @@ def some_splits(legal: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
     return [legal[round(index * (len(legal) - 1) / 4)] for index in range(5)]
 
 
-def describe(
-    resolved: Resolved,
-    fits: dict[int, Fit],
-    slowdowns: list[Slowdown],
-    paces: list[tuple[float, Work]],
-    switch_seconds: float,
-) -> dict[str, Any]:
-    """The measurements as a device file. Peak and bandwidth are what the model's steps achieved."""
+def describe(rounds: Sequence[Measured]) -> dict[str, Any]:
+    """Rounds of the same model on the same machine (at least one) as one device file. Peak and bandwidth
+    are what the model's steps achieved."""
+    resolved = rounds[0].resolved
+    fits = {
+        count: fit_prices(mean_timings(found.timings[count] for found in rounds))
+        for count in rounds[0].timings
+    }
+    slowdowns = [mean_slowdown(pair) for pair in zip(*(found.slowdowns for found in rounds), strict=True)]
     itemsize = 4 if resolved.dtype == "float32" else 2
     shape = shape_of(resolved.spec, itemsize)
     units = max(fits)
@@ -146,7 +165,11 @@ def describe(
     prompt = Work(tokens=1024, context=1024, square=524288.0, sequences=1, sampled=1)
     single = Work.decode(1, 32)
     step_seconds, sequence_seconds = host_seconds(
-        [(work.sequences, taken - cost.seconds(work, units)) for taken, work in paces]
+        [
+            (work.sequences, taken - cost.seconds(work, units))
+            for found in rounds
+            for taken, work in found.paces
+        ]
     )
     flops = shape["linear_flops"] * prompt.tokens / cost.seconds(prompt, units)
     moved = (shape["linear_bytes"] + shape["head_bytes"]) / cost.seconds(single, units)
@@ -158,7 +181,7 @@ def describe(
         "units": units,
         "unit_kind": "core",
         "depth": 2,
-        "switch_seconds": switch_seconds,
+        "switch_seconds": rounds[0].switch_seconds,
         "step_seconds": step_seconds,
         "sequence_seconds": sequence_seconds,
         "source": f"semipd profile on {_cpu_name()}, {_today()}; peak and bandwidth as achieved by steps",

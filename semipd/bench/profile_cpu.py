@@ -224,6 +224,16 @@ class Slowdown:
     spread: float
 
 
+def mean_slowdown(found: Sequence[Slowdown]) -> Slowdown:
+    """Of several measurements on the same shares: means in the logs, and the largest spread."""
+    prompt, single = (
+        statistics.geometric_mean(values)
+        for values in ([slowdown.prompt for slowdown in found], [slowdown.single for slowdown in found])
+    )
+    spread = max(slowdown.spread for slowdown in found)
+    return Slowdown(found[0].prefill, found[0].decode, prompt, single, spread)
+
+
 def measure_beside(
     bench: Bench, shares: Iterable[tuple[int, int]], seconds: float, slots: int, longest: int
 ) -> list[Slowdown]:

@@ -50,8 +50,8 @@ _LONGEST_PAUSE = 500e-6
 class Share:
     """The cores of lane number `lane`, out of `cores` (system numbers, ascending).
 
-    lock: a descriptor of the shared file, for rule 4. place: told the cores, on change, once all threads may run
-    on these alone; the one that a shrinking lane keeps longest comes first.
+    lock: a descriptor of the shared file, for rule 4. place: told the cores, on change, once all threads
+    may run on these alone; the one that a shrinking lane keeps longest comes first.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
 
 
 def _placing(kernels: Kernels | None) -> Callable[[Sequence[int]], None]:
-    """What puts as many threads as there are cores on them, one on each where there are compiled kernels."""
+    """What puts as many threads on cores as there are, one on each where there are compiled kernels."""
 
     def place(cores: Sequence[int]) -> None:
         torch.set_num_threads(len(cores))

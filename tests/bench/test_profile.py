@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 
 from semipd.bench.profile import (
+    Measured,
     ProfileOptions,
+    describe,
     host_seconds,
     profile,
     some_splits,
     some_units,
     write_device,
 )
-from semipd.bench.profile_cpu import steps_to_measure
+from semipd.bench.profile_cpu import Slowdown, steps_to_measure
 from semipd.bench.scenario import Scenario, simulate
 from semipd.bench.step_fit import Timing, fit_prices
-from semipd.build import make_policy, predictor
+from semipd.build import make_policy, predictor, resolve
 from semipd.config import PolicyConfig, from_mapping
 from semipd.core.auto import Auto
 from semipd.core.errors import ConfigError
@@ -244,6 +246,29 @@ def test_targets_choose_auto_on_a_cpu(tmp_path: Path) -> None:
         predictor(PolicyConfig(split="auto", device_file="h200"), spec, "float32", device)
     with pytest.raises(ConfigError, match="--device-file belongs to the policy semi-pd"):
         from_mapping({"policy": "chunked", "device_file": "cpu.json"})
+
+
+def test_rounds_of_a_profile_are_fitted_together(tmp_path: Path) -> None:
+    """A machine that was four times as fast in one round as in the other is priced in between."""
+    resolved = resolve(
+        from_mapping({"model": str(make_checkpoint(tmp_path / "model", "llama")), "device": "cpu"})
+    )
+    works = [Work.decode(count, 32 * count) for count in (1, 2, 4, 8)] + [Work.of([Slice(0, 0, 64)])]
+
+    def round_of(pace: float) -> Measured:
+        timings = [Timing(work, pace * 1e-3 * work.tokens) for work in works]
+        slow = [Slowdown(1, 1, 2.0 * pace, pace, 1.0 + pace)]
+        return Measured(resolved, {1: timings}, slow, [(1.0, works[0])], 0.0)
+
+    alone, slower, both = (
+        describe(rounds) for rounds in ([round_of(1.0)], [round_of(4.0)], [*map(round_of, (1.0, 4.0))])
+    )
+    assert [entry[3] for entry in both["steps"]["beside"]] == pytest.approx([4.0, 2.0])
+    assert both["fit"]["slowdown_spread"] == {"1:1": 5.0}
+    costs = [ProfiledCost(read_profile(found["steps"], 1, "x")) for found in (alone, slower, both)]
+    for work in works:
+        quick, slow, between = (cost.seconds(work, 1) for cost in costs)
+        assert between == pytest.approx(2.0 * quick) and slow == pytest.approx(4.0 * quick)
 
 
 def test_profile_of_a_tiny_model_can_be_simulated(tmp_path: Path) -> None:
