@@ -55,12 +55,17 @@ class Resolved:
     config: Config
     folder: Path
     spec: ModelSpec
-    name: str
+    names: tuple[str, ...]
     device: str
     dtype: str
     blocks: int | None
     max_length: int
     cores: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The first of the names in the API."""
+        return self.names[0]
 
     @property
     def block_size(self) -> int:
@@ -89,8 +94,8 @@ def resolve(config: Config) -> Resolved:
         known = cpu_device(len(cores))  # what cannot work is refused before loading
         make_policy(config.policy, known, predictor(config.policy, spec, dtype, known))
         blocks, max_length = pool_size(config, spec, dtype)
-    name = config.server.served_model_name or config.model.model or folder.name
-    return Resolved(config, folder, spec, name, device, dtype, blocks, max_length, cores)
+    names = config.server.served_model_name or (config.model.model or folder.name,)
+    return Resolved(config, folder, spec, names, device, dtype, blocks, max_length, cores)
 
 
 def build_engine(

@@ -122,6 +122,10 @@ def _add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = 
             groups[section].add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=None, help=setting.help
             )
+        elif setting.kind == "names":
+            groups[section].add_argument(
+                flag, nargs="+", action="extend", metavar=setting.metavar, help=setting.help
+            )
         else:
             groups[section].add_argument(
                 flag,
@@ -155,6 +159,10 @@ def _read_settings(options: argparse.Namespace) -> dict[str, Any]:
     values |= {
         name: getattr(options, name) for name in settings() if getattr(options, name, None) is not None
     }
+    names: list[str] = getattr(options, "served_model_name", None) or []
+    if len(names) > 1 and values.get("model") is None and ("/" in names[-1] or Path(names[-1]).is_dir()):
+        message = "give the model first: semipd serve MODEL --served-model-name ..., which takes all words"
+        raise ConfigError(f"{message} behind it ({names[-1]} is one)")
     return values
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from semipd.core.errors import ConfigError
-from semipd.units import parse_seconds, parse_size
+from semipd.units import parse_names, parse_seconds, parse_size, parse_text
 
 POLICIES = ("semi-pd", "prefill-first", "chunked", "disaggregated")
 PROMPT_ORDERS = ("fcfs", "shortest")
@@ -38,7 +38,7 @@ class Setting:
     """What a field's value may be, and what to tell the user about it."""
 
     help: str
-    kind: str = "text"  # text, size, integer, number, seconds, choice, flag, classes
+    kind: str = "text"  # text, names, size, integer, number, seconds, choice, flag, classes
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
@@ -188,7 +188,9 @@ class ServerConfig:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8000, "port to listen on (0: any free one)", "integer", low=0, high=65535)
-    served_model_name: str | None = _setting(None, "name in the API (default: the model as it was given)")
+    served_model_name: tuple[str, ...] | None = _setting(
+        None, "names in the API (default: the model as it was given)", "names", metavar="NAME"
+    )
     api_key: str | None = _setting(None, "clients must send it as a bearer token")
     shutdown_timeout: float = _setting(
         30.0, "how long SIGTERM waits for requests under way", "seconds", low=0, high=86400
@@ -334,16 +336,14 @@ def _convert(value: Any, setting: Setting) -> Any:
             raise ConfigError(f"{value!r} is not true or false")
         case "classes":
             return _classes(value)
+        case "names":
+            return parse_names(value)
         case "choice":
             if value not in setting.choices:
                 raise ConfigError(f"{value!r} is not one of {', '.join(setting.choices)}")
             return value
         case _:
-            if not isinstance(value, str):
-                raise ConfigError(f"{value!r} is not text")
-            if not value.strip():  # an unset variable of a shell: --api-key "$KEY" must not mean "no key"
-                raise ConfigError("this is empty; leave it out for the default")
-            return value
+            return parse_text(value)
 
 
 _CLASS_FIELDS = {

@@ -204,6 +204,24 @@ def test_flags_and_files_mean_the_same(name: str, tmp_path: Path) -> None:
         assert read_config(parser.parse_args(["serve", "--config", str(file)])) == expected
 
 
+def test_a_model_may_have_several_names(tmp_path: Path) -> None:
+    """A model behind the names would be one more of them: that is refused, not served by the wrong name."""
+    parser = _parser(["serve"])
+
+    def names(*words: str) -> tuple[str, ...] | None:
+        return read_config(parser.parse_args(["serve", *words])).server.served_model_name
+
+    flag = "--served-model-name"
+    assert names(flag, "a", "b") == names(flag, "a", flag, "b", flag, "a") == ("a", "b")
+    assert names(str(tmp_path), flag, "a", "org/b") == ("a", "org/b")
+    for model in (str(tmp_path), "org/model"):
+        with pytest.raises(ConfigError, match="give the model first"):
+            names(flag, "a", model)
+    for value in ([], [""], ["x"] * 65, 7, [7], {"a": 1}):
+        with pytest.raises(ConfigError, match="--served-model-name"):
+            from_mapping({"served_model_name": value})
+
+
 def test_a_config_of_ones_own_making_is_checked_too() -> None:
     """`build_engine` takes one that never went through `from_mapping`."""
     with pytest.raises(ConfigError, match="--seed"):

@@ -15,10 +15,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from semipd.core.errors import ConfigError, Refused, SemipdError
-from semipd.serve.errors import ApiError, body_of
+from semipd.serve.errors import ApiError
 from semipd.serve.gate import Limits, Ticket
 from semipd.serve.generation import Plan, generate
-from semipd.serve.replies import DONE, ChatReply, Choice, CompletionReply, Extras, Usage
+from semipd.serve.replies import ChatReply, Choice, CompletionReply, Extras, Reply, Usage
+from semipd.serve.responses_reply import ResponsesReply
+from semipd.serve.responses_schema import ResponsesBody
 from semipd.serve.schema import ChatBody, CompletionBody, StreamOptions, logprobs_of, parse
 from semipd.serve.scores import ScoreForms
 from semipd.serve.service import Service
@@ -33,20 +35,20 @@ EVENT_HEADERS = [
 TIMEOUT_HEADER = "X-Request-Timeout"
 DRAIN_FACTOR = 4  # a body that is too large is read this many times the limit, then cut off
 
+Body = CompletionBody | ChatBody | ResponsesBody
+
 
 class Answer(Response):
     """An ASGI response that does the work when it is called, so it also hears the client leave."""
 
-    def __init__(
-        self, service: Service, request: Request, kind: type[CompletionBody] | type[ChatBody]
-    ) -> None:
+    def __init__(self, service: Service, request: Request, kind: type[Body]) -> None:
         self.background = None
         self.status_code = 200
         self._service = service
         self._request = request
         self._kind = kind
         self._arrived = time.monotonic()
-        self._streaming = False  # the status line is out
+        self._streaming: Reply | None = None  # whose status line is out
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
@@ -66,9 +68,7 @@ class Answer(Response):
                 with contextlib.suppress(asyncio.CancelledError):
                     await work
 
-    async def _work(
-        self, body: CompletionBody | ChatBody, ticket: Ticket, send: Send, patience: float
-    ) -> None:
+    async def _work(self, body: Body, ticket: Ticket, send: Send, patience: float) -> None:
         try:
             async with asyncio.timeout(patience):
                 plan = await self._plan(body)
@@ -80,12 +80,19 @@ class Answer(Response):
         except SemipdError as error:
             await self._fail(error, send)
 
-    async def _plan(self, body: CompletionBody | ChatBody) -> Plan:
-        if isinstance(body, ChatBody):
-            return await self._service.plan_chat(body, self._arrived)
-        return await self._service.plan_completion(body, self._arrived)
+    async def _plan(self, body: Body) -> Plan:
+        match body:
+            case ResponsesBody():
+                return await self._service.plan_responses(body, self._arrived)
+            case ChatBody():
+                return await self._service.plan_chat(body, self._arrived)
+            case _:
+                return await self._service.plan_completion(body, self._arrived)
 
-    def _reply(self, body: CompletionBody | ChatBody, plan: Plan) -> CompletionReply:
+    def _reply(self, body: Body, plan: Plan) -> Reply:
+        name = body.model or self._service.name
+        if isinstance(body, ResponsesBody):
+            return ResponsesReply(name, body, plan, self._service.tokenizer)
         options = body.stream_options or StreamOptions()
         usage = "none"
         if options.include_usage:
@@ -97,25 +104,26 @@ class Answer(Response):
         )
         told = not isinstance(body, ChatBody) or body.include_reasoning is not False
         extras = Extras(output, prompt, bool(body.return_token_ids), told)
-        return kind(self._service.name, plan.submits, usage, extras, body.request_id)
+        return kind(name, plan.submits, usage, extras, body.request_id)
 
-    async def _stream(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:
+    async def _stream(self, plan: Plan, reply: Reply, ticket: Ticket, send: Send) -> None:
         tally = _Tally(plan, ticket)
         async with self._generate(plan) as groups:
             async for deltas in groups:
                 body = b""
-                if not self._streaming:
+                if self._streaming is None:
                     # Only now: whatever went wrong before the first token got a status of its own.
-                    self._streaming = True
+                    self._streaming = reply
                     await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
                     body = reply.first(tally.usage)
                 for delta in deltas:
                     tally.count(delta)
                     body += reply.event(delta, tally.usage)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": reply.last(tally.usage)})
 
-    async def _whole(self, plan: Plan, reply: CompletionReply, ticket: Ticket, send: Send) -> None:
+    async def _whole(self, plan: Plan, reply: Reply, ticket: Ticket, send: Send) -> None:
         tally = _Tally(plan, ticket)
         choices = [Choice() for _ in plan.submits]
         async with self._generate(plan) as groups:
@@ -130,11 +138,10 @@ class Answer(Response):
         return contextlib.aclosing(generate(self._service.session, plan, self._service.tokenizer))
 
     async def _fail(self, error: Exception, send: Send) -> None:
-        """Too late for a status once events have begun: then the error is the last event but one."""
-        if not self._streaming:
+        """Too late for a status once events have begun: then the error is one of them."""
+        if self._streaming is None:
             raise error
-        _, body = body_of(error)
-        await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + DONE})
+        await send({"type": "http.response.body", "body": self._streaming.failed(error)})
 
 
 class _Tally:

@@ -17,6 +17,7 @@ from semipd.serve.errors import ApiError, ErrorBody
 from semipd.serve.gate import Ticket
 from semipd.serve.guard import Guard
 from semipd.serve.prometheus import render
+from semipd.serve.responses_schema import RESPONSES_KINDS, ResponsesBody
 from semipd.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, body_schemas, parse
 from semipd.serve.service import Service
 
@@ -59,10 +60,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation, by the model's own chat template."""
         return Answer(service, request, ChatBody)
 
-    def card() -> dict[str, Any]:
+    @app.post("/v1/responses", openapi_extra=_takes("ResponsesBody"))
+    async def responses(request: Request) -> Response:
+        """Answer a conversation, as items. Nothing of it is stored."""
+        return Answer(service, request, ResponsesBody)
+
+    def card(name: str) -> dict[str, Any]:
         limit = service.session.loaded().limit if service.session.ready else None
         return {
-            "id": service.name,
+            "id": name,
             "object": "model",
             "created": started,
             "owned_by": "semipd",
@@ -74,13 +80,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        """The one model that is served."""
-        return _json({"object": "list", "data": [card()]})
+        """The one model that is served, by each of its names."""
+        return _json({"object": "list", "data": [card(name) for name in service.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         service.check_model(name)
-        return _json(card())
+        return _json(card(name))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -172,6 +178,7 @@ def _content(schema: str) -> dict[str, Any]:
 def _describe(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         description = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        description.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas(ErrorBody))
+        schemas = description.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(body_schemas(ErrorBody, *RESPONSES_KINDS))
         app.openapi_schema = description
     return app.openapi_schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -100,6 +101,16 @@ class ReasoningFinder:
         if self._fresh:
             self._fresh, bare = False, bare.lstrip()
         return bare
+
+
+def thought_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+    """How many tokens of an answer that begins with reasoning are that, the tags included."""
+    parts = [tokenizer.token_bytes(token) for token in tokens]
+    end = b"".join(parts).find(CLOSE.encode())
+    if end < 0:
+        return len(parts)
+    ends = itertools.accumulate(map(len, parts))
+    return next(count for count, at in enumerate(ends, start=1) if at >= end + len(CLOSE))
 
 
 class Reasoning:

@@ -6,13 +6,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from semipd.core.types import Score
 from semipd.serve.alignment import Told
 from semipd.serve.call_parts import Call, CallPart, joined
+from semipd.serve.errors import body_of
 from semipd.serve.messages import Submit
 from semipd.serve.scores import ScoreForms
 from semipd.serve.text import Delta
@@ -78,6 +79,25 @@ class Extras:
     reasoning: bool = True
 
 
+class Reply(Protocol):
+    """An answer as bytes, whole or as events."""
+
+    def complete(self, choices: list[Choice], usage: Usage) -> bytes:
+        """The whole answer."""
+
+    def first(self, usage: Usage) -> bytes:
+        """Events before the first token."""
+
+    def event(self, delta: Delta, usage: Usage) -> bytes:
+        """Those of a delta."""
+
+    def last(self, usage: Usage) -> bytes:
+        """Events after the last token."""
+
+    def failed(self, error: Exception) -> bytes:
+        """Events after those that were sent, where it went wrong then."""
+
+
 class CompletionReply:
     """/v1/completions. submits: the requests whose tokens these are, by index of their choices.
 
@@ -120,6 +140,11 @@ class CompletionReply:
     def first(self, usage: Usage) -> bytes:
         """Events before the first token."""
         return b""
+
+    def failed(self, error: Exception) -> bytes:
+        """Events after those that were sent, where it went wrong then."""
+        _, body = body_of(error)
+        return b"data: " + body + b"\n\n" + DONE
 
     def event(self, delta: Delta, usage: Usage) -> bytes:
         """One chunk; more where calls or reasoning went on."""

@@ -6,10 +6,11 @@ A parameter that is not supported is refused by name, unless it holds the value 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
@@ -67,7 +68,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    pass
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
 
 
 class StreamOptions(_Body, kw_only=True):
@@ -99,14 +100,11 @@ class ResponseFormat(_Body, kw_only=True):
         return {"type": self.type, "json_schema": named}
 
 
-class GenerationBody(_Body, kw_only=True):
-    """What completions and chat completions have in common. null means the default.
-
-    truncate_prompt_tokens: at most so many of the prompt's last tokens count; -1: as many as there is room
-    for. request_id: becomes part of the answer's id."""
+class SamplingBody(_Body, kw_only=True):
+    """What all that generate have in common. null means the default. request_id: becomes part of the
+    answer's id."""
 
     model: str | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -116,26 +114,33 @@ class GenerationBody(_Body, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
-    n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    prompt_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     user: str | None = None
     service_tier: str | None = None
     priority: int | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    request_id: str | None = None
+
+
+class GenerationBody(SamplingBody, kw_only=True):
+    """What completions and chat completions have in common. truncate_prompt_tokens: at most so many of the
+    prompt's last tokens count; -1: as many as there is room for."""
+
+    max_tokens: int | None = None
+    n: int | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    stream_options: StreamOptions | None = None
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
-    request_id: str | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -205,23 +210,24 @@ def parse(data: bytes, kind: type[Body]) -> Body:
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise Refused(f"the body has more than {MAX_VALUES} values")
     try:
-        body = _DECODERS[kind](data)
+        body = _decoder(kind)(data)
     except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from None
+        raise refusal_of(str(error)) from None
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         if culprit := _culprit(data):
             raise Refused(f"{culprit} holds NaN, an infinity or broken Unicode", culprit) from None
         raise Refused(f"the body is not valid JSON: {error}") from None
     for name in _unsupported(kind):
         if raw := getattr(body, name):
-            _check_neutral(name, bytes(raw))
+            _check_neutral(name, bytes(raw), kind.neutral[name])
     return body  # type: ignore[no-any-return]
 
 
 def _unsupported(kind: type[_Body]) -> list[str]:
-    return [name for name in NEUTRAL if name not in kind.__struct_fields__]
+    return [name for name in kind.neutral if name not in kind.__struct_fields__]
 
 
+@functools.cache
 def _decoder(kind: type[_Body]) -> Callable[[bytes], Any]:
     """Of bodies of this kind in which unsupported parameters may occur too; those stay JSON text."""
     fields = [(name, msgspec.Raw, msgspec.Raw()) for name in _unsupported(kind)]
@@ -232,18 +238,15 @@ def _decoder(kind: type[_Body]) -> Callable[[bytes], Any]:
 
 
 _KINDS: tuple[type[_Body], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
-_DECODERS = {kind: _decoder(kind) for kind in _KINDS}
 
 
-def _check_neutral(name: str, raw: bytes) -> None:
+def _check_neutral(name: str, raw: bytes, neutral: tuple[Any, ...]) -> None:
     value: Any = ...
     if len(raw) <= MAX_NEUTRAL_BYTES:
         with contextlib.suppress(ValueError, RecursionError):
             value = msgspec.json.decode(raw)
-    neutral = any(
-        value == same and isinstance(value, bool) == isinstance(same, bool) for same in NEUTRAL[name]
-    )
-    if value is not None and not neutral:
+    same = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
+    if value is not None and not same:
         raise Refused(f"{name} is not supported", name)
 
 
@@ -269,11 +272,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _refusal(text: str) -> Refused:
-    """msgspec's message, with the field that it is about."""
+def refusal_of(text: str, where: str = "") -> Refused:
+    """msgspec's message, with the field that it is about. where: of the value in the body."""
     path = match[1] if (match := _PATH.search(text)) else ""
-    if not path and text.startswith("Expected"):
+    if not path and not where and text.startswith("Expected"):
         return Refused("the body must be a JSON object")
+    path = f"{where}.{path}".strip(".")
     message = _PATH.sub("", text)
     if field := _MISSING.search(text):
         path = f"{path}.{field[1]}".lstrip(".")

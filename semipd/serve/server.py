@@ -68,7 +68,7 @@ def run_server(config: Config, engine: EngineProcess) -> int:
             maker = RequestMaker(folder, config.model.seed, config.cache.prefix_cache, classes, tokenizer)
             limits = dataclasses.replace(Limits.of(config.server), connections=connections)
             parsers = config.server.tool_call_parser, config.server.reasoning_parser
-            service = Service(resolved.name, folder, tokenizer, chat, maker, session, limits, *parsers)
+            service = Service(resolved.names, folder, tokenizer, chat, maker, session, limits, *parsers)
             return asyncio.run(_Server(config, service, listener).run())
         finally:
             link.kill()

@@ -20,6 +20,8 @@ from semipd.serve.messages import EngineInfo
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import MAX_TOKEN_ID, SamplingParams
 from semipd.serve.reasoning import Reasoning
+from semipd.serve.responses_input import Translation
+from semipd.serve.responses_schema import ResponsesBody
 from semipd.serve.schema import (
     ChatBody,
     CompletionBody,
@@ -48,11 +50,11 @@ Result = TypeVar("Result")
 
 
 class Service:
-    """Everything that the routes need. name: the model's name in the API."""
+    """Everything that the routes need. names: of the model in the API; any of them will do."""
 
     def __init__(
         self,
-        name: str,
+        names: Sequence[str],
         model: ModelFolder,
         tokenizer: Tokenizer,
         chat: ChatTemplate | None,
@@ -62,7 +64,7 @@ class Service:
         tool_call_parser: str = "auto",
         reasoning_parser: str = "auto",
     ) -> None:
-        self.name = name
+        self.names = tuple(names)
         self.model = model
         self.tokenizer = tokenizer
         self.session = session
@@ -73,6 +75,11 @@ class Service:
         self._maker = maker
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._side = ThreadPoolExecutor(1, thread_name_prefix="tokenize")  # of its routes: no request waits
+
+    @property
+    def name(self) -> str:
+        """The first name, by which the model goes where nobody asked for another."""
+        return self.names[0]
 
     def close(self) -> None:
         for pool in (self._pool, self._side):
@@ -88,8 +95,9 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) for a model that is not served here."""
-        if name is not None and name != self.name:
-            message = f"the model {name[:200]!r} does not exist; this server has {self.name!r}"
+        if name is not None and name not in self.names:
+            known = ", ".join(map(repr, self.names))
+            message = f"the model {name[:200]!r} does not exist; this server has {known}"
             raise ApiError(404, message, "invalid_request_error", "model_not_found", "model")
 
     async def plan_completion(self, body: CompletionBody, arrived: float) -> Plan:
@@ -144,6 +152,14 @@ class Service:
                 str(refused).replace("max_tokens", names.get("max_tokens", "max_tokens")),
                 names.get(param, refused.param),
             ) from None
+
+    async def plan_responses(self, body: ResponsesBody, arrived: float) -> Plan:
+        """As of a chat. Refusals name the parameters of the responses API."""
+        translation = await self._off_loop(lambda: Translation(body))
+        try:
+            return await self.plan_chat(translation.chat, arrived)
+        except Refused as refused:
+            raise translation.refusal(refused) from None
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         """The answer: ids of a prompt or of messages, as the model would get them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def serving(
     tool_call_parser: str = "auto",
     reasoning_parser: str = "auto",
     length: int = MAX_LENGTH,
+    names: Sequence[str] = ("tiny",),
 ) -> Iterator[Serving]:
     """Serve the folder's tokenizer over the executor's tokens until the block ends. policy: its targets."""
     engine_thread = EngineThread(
@@ -65,7 +66,7 @@ def serving(
     chat = load_chat_template(folder, tokenizer)
     maker = RequestMaker(model, classes=policy.classes or (), tokenizer=tokenizer)
     parsers = tool_call_parser, reasoning_parser
-    service = Service("tiny", model, tokenizer, chat, maker, session, limits, *parsers)
+    service = Service(names, model, tokenizer, chat, maker, session, limits, *parsers)
     http = http_server(create_app(service, "1.2.3", api_key, metrics_alias), limits)
     listener = socket.create_server(("127.0.0.1", 0))
 

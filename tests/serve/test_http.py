@@ -157,5 +157,5 @@ def test_the_description_covers_every_status(tmp_path: Path) -> None:
         reference = {"$ref": "#/components/schemas/ErrorBody"}
         for operation in operations:
             assert operation["responses"]["default"]["content"]["application/json"]["schema"] == reference
-        assert len(operations) == 11 and "ErrorDetail" in description["components"]["schemas"]
+        assert len(operations) == 12 and "ErrorDetail" in description["components"]["schemas"]
         assert "text/plain" in description["paths"]["/metrics"]["get"]["responses"]["200"]["content"]

@@ -29,7 +29,7 @@ def test_a_line_only_while_there_is_traffic(tmp_path: Path, caplog: pytest.LogCa
         session = Session(ThreadLink(thread))
         await session.open()
         maker = RequestMaker(model)
-        service = Service("tiny", model, Tokenizer(tmp_path), None, maker, session, Limits())
+        service = Service(("tiny",), model, Tokenizer(tmp_path), None, maker, session, Limits())
         logging_traffic = asyncio.create_task(log_traffic(service, every=0.05))
         await asyncio.sleep(0.2)
         assert not caplog.messages
