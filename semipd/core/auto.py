@@ -6,10 +6,11 @@ model gives two figures of each: the rate at which prompts are worked off (1: as
 device) and the seconds of a decode step. From these follow everybody's first and last token, if the way
 were kept whenever there are prompts, these and later ones. The way with the least
 
-    sum of the times to the last token + MISS * expected number of missed targets
+    sum of the times to the last token + price * expected number of missed targets
 
 is taken: decode gets the least that meets its target with margin when prompts press, a predicted TTFT miss
-(of prompts yet to come, too) is bought off with decode's slack, and when both fail, the fewest miss.
+(of prompts yet to come, too) is bought off with decode's slack, and when both fail, the fewest miss. The
+price of a miss follows how many there are (`core.price`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from semipd.core.order import Order, PromptWork
 from semipd.core.partition import Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
+from semipd.core.price import Price
 from semipd.core.types import Device, Event, Finished, Lane, Launched, Plan, Slice, Split, Stepped, Work
 from semipd.core.urgency import Streams, Urgency, miss
 
-MISS = 30.0  # seconds of latency that one missed target is worth
 OVERLOAD = 5.0  # power of load over rate by which a busy period grows when there is no end to it
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 APART = 1.25  # units of decode in a split, at least, over those in the one before it
@@ -72,6 +73,7 @@ class Auto:
         self._splits = (*_thinned(device.legal_splits), (device.units, device.units))
         self._backlog = Backlog(targets, self._work, limits.prefill_tokens)
         self._urgency = Urgency(targets)
+        self._price = Price(targets)
         self._tokens_alone = Way(0, device.units, 0, 0.0, 0.0)
         self._prompts_alone = Way(device.units, device.units, 0, 1.0, 0.0)
         self._way, self._settled = self._tokens_alone, False  # the way chosen last
@@ -91,6 +93,7 @@ class Auto:
         else:
             self._ended += isinstance(event, Finished)
             self._urgency(event)
+            self._price(event)
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
         order, prefilling = self.limits.order_at(now), live.busy(Lane.PREFILL)
@@ -164,7 +167,7 @@ class Auto:
         groups, size, tokens, shortest, longest, pace = streams
         alone = table[-1].step  # a decode step without prompts
         top = max([way.rate for way in table if way.step < math.inf])  # the best that does not hold decode
-        scores, due = [], self._backlog.soon
+        scores, due, price = [], self._backlog.soon, self._price.value
         for _, _, _, rate, step in table:
             misses = wait = 0.0
             if not rate:
@@ -201,7 +204,7 @@ class Auto:
                 total += size * busy + (tokens - size * done) * rest
             else:  # or before
                 total += tokens * step
-            scores.append(total + MISS * misses)
+            scores.append(total + price * misses)
         return scores
 
     def _table(self, live: Live) -> list[Way]:

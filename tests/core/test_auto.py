@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.core.admission import Aggressive
-from semipd.core.auto import MISS, Auto, Way
+from semipd.core.auto import Auto, Way
 from semipd.core.backlog import Kind, Prompt, Queue
 from semipd.core.engine import Engine
 from semipd.core.kv import BlockPool
@@ -22,6 +22,7 @@ from semipd.core.order import PromptWork
 from semipd.core.partition import Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel
+from semipd.core.price import MOST
 from semipd.core.types import Device, Event, Lane, Launched, Request, Sampling, Stepped, Switched, Work
 from semipd.core.urgency import Group, Streams
 from semipd.execute.sim import FixedCost, SimExecutor, VirtualClock
@@ -267,7 +268,7 @@ def test_the_chance_that_a_later_prompt_is_late() -> None:
     (pressed,) = scores(way, streams=nobody, kinds=[Kind(1.0, 1.0, 0.1, 0.2)])
     (calm,) = scores(way, streams=nobody)
     come = 6.0 * 0.2 / (rate - 0.6)
-    assert (pressed - calm) / MISS == pytest.approx(come * late / count, rel=0.1)
+    assert (pressed - calm) / MOST == pytest.approx(come * late / count, rel=0.1)
 
 
 @given(
