@@ -87,6 +87,10 @@ class RequestMaker:
             complete += [whole] * whole.n
         return Plan(submits, complete, sum(map(len, prompts)))
 
+    def check(self, params: SamplingParams, calls: Lark) -> None:
+        """Refuse a grammar that cannot be followed, before it becomes a part of another."""
+        self._constraints.of(params, calls)
+
     def _choices(
         self,
         ids: Sequence[int],

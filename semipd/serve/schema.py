@@ -30,17 +30,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (),
     "audio": _ABSENT,
-    "best_of": (1,),
     "chat_template": _ABSENT,
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": _ABSENT,
+    "guided_decoding_backend": _ABSENT,
     "guided_grammar": _ABSENT,
-    "guided_json": _ABSENT,
-    "guided_regex": _ABSENT,
+    "guided_whitespace_pattern": _ABSENT,
     "kv_transfer_params": _ABSENT,
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -56,7 +54,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "safety_identifier": _ABSENT,
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": _ABSENT,
     "suffix": _ABSENT,
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -100,9 +97,25 @@ class ResponseFormat(_Body, kw_only=True):
         return {"type": self.type, "json_schema": named}
 
 
+class StructuredOutputs(_Body, kw_only=True):
+    """What a text must be, as vLLM has it: one of json (a schema, or JSON text of one), json_object, regex
+    and choice. disable_fallback: changes nothing. The other fields hold nothing here."""
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    disable_fallback: bool | None = None
+    grammar: Any = None
+    structural_tag: Any = None
+    whitespace_pattern: Any = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+
+
 class SamplingBody(_Body, kw_only=True):
     """What all that generate have in common. null means the default. request_id: becomes part of the
-    answer's id."""
+    answer's id. guided_json, guided_regex, guided_choice: as in structured_outputs."""
 
     model: str | None = None
     temperature: float | None = None
@@ -128,14 +141,19 @@ class SamplingBody(_Body, kw_only=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     request_id: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
 
 
 class GenerationBody(SamplingBody, kw_only=True):
     """What completions and chat completions have in common. truncate_prompt_tokens: at most so many of the
-    prompt's last tokens count; -1: as many as there is room for."""
+    prompt's last tokens count; -1: as many as there is room for. best_of: n, or nothing."""
 
     max_tokens: int | None = None
     n: int | None = None
+    best_of: int | None = None
     prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     stream_options: StreamOptions | None = None

@@ -33,6 +33,7 @@ from semipd.serve.schema import (
     prompts_of,
 )
 from semipd.serve.session import Session
+from semipd.serve.structured import Structure
 from semipd.serve.text import Echo
 from semipd.serve.tokenizer import Tokenizer
 from semipd.serve.tool_use import ToolUse
@@ -102,14 +103,16 @@ class Service:
 
     async def plan_completion(self, body: CompletionBody, arrived: float) -> Plan:
         alone = bool(body.echo) and body.max_tokens == 0
-        params = params_of(body, 1 if alone else body.max_tokens, DEFAULT_MAX_TOKENS)
         engine, salt = self.engine(), _salt(body)
 
         def work() -> Plan:
+            structure = Structure(body)
+            params = params_of(body, structure, 1 if alone else body.max_tokens, DEFAULT_MAX_TOKENS)
             prompts = prompts_of(body)
             whole = body.truncate_prompt_tokens is None
             ids = [self._ids(prompt, engine.limit, body) for prompt in prompts]
-            plan = self._maker.plan(ids, params, engine, salt, arrived)
+            with structure.own_words():
+                plan = self._maker.plan(ids, params, engine, salt, arrived, structure.grammar)
             echoes = self._echoes(prompts, ids, params.n, alone, whole) if body.echo else []
             return replace(_bounded(plan), echoes=echoes, told=True)
 
@@ -128,19 +131,23 @@ class Service:
         engine, salt = self.engine(), _salt(body)
 
         def work() -> Plan:
-            tools = self._tool_use.of(body)
+            structure = Structure(body)
+            tools = self._tool_use.of(body, structure)
             cut = body.truncate_prompt_tokens is not None
             messages = self._messages(body.messages, tools.told, None if cut else engine.limit)
-            params = params_of(body, asked, None)
+            params = params_of(body, structure, asked, None)
             ids = _last(_rendered(chat, messages, tools.told, body), body, asked, engine.limit)
             repeated = bool(body.echo) and messages[-1]["role"] == "assistant"
             said = messages[-1]["content"] if body.continue_final_message else None
             rule, grammar = self._reasoning.of(ids, said, repeated), tools.grammar
-            if rule is not None:
-                grammar = self._reasoning.before(rule, tools, schema_of(params.response_format))
-            if grammar is not None:  # which has the response format in it
-                params = replace(params, response_format=None)
-            plan = self._maker.plan([ids], params, engine, salt, arrived, grammar)
+            with structure.own_words():
+                if rule is not None:
+                    if structure.grammar is not None:
+                        self._maker.check(params, structure.grammar)
+                    grammar = self._reasoning.before(rule, tools, schema_of(params.response_format))
+                if grammar is not None:  # which has the response format in it
+                    params = replace(params, response_format=None)
+                plan = self._maker.plan([ids], params, engine, salt, arrived, grammar)
             echoes = [Echo(messages[-1]["content"], ())] * params.n if repeated else []
             return replace(_bounded(plan), told=True, calls=tools.calls, echoes=echoes, reasoning=rule)
 
@@ -249,7 +256,9 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool or self._pool, work)
 
 
-def params_of(body: GenerationBody, max_tokens: int | None, default: int | None) -> SamplingParams:
+def params_of(
+    body: GenerationBody, structure: Structure, max_tokens: int | None, default: int | None
+) -> SamplingParams:
     """The body's parameters, complete with the API's defaults. Raises Refused."""
     if body.user is not None and len(body.user) > MAX_USER:
         raise Refused(f"user is longer than {MAX_USER} characters", "user")
@@ -257,6 +266,8 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         raise Refused("stream_options need stream: true", "stream_options")
     if body.request_id is not None and not REQUEST_ID.fullmatch(body.request_id):
         raise Refused("request_id must have 1 to 128 characters, of ASCII without blanks", "request_id")
+    if body.best_of not in (None, body.n or 1):
+        raise Refused("best_of must be n: every continuation is part of the answer", "best_of")
     logprobs, of_prompt = logprobs_of(body), body.prompt_logprobs
     if isinstance(body, CompletionBody) and body.echo and logprobs is not None:
         of_prompt = max(logprobs, of_prompt or 0)
@@ -280,7 +291,7 @@ def params_of(body: GenerationBody, max_tokens: int | None, default: int | None)
         logit_bias=biases_of(body),
         logprobs=logprobs,
         prompt_logprobs=of_prompt,
-        response_format=None if body.response_format is None else body.response_format.plain(),
+        response_format=structure.response_format,
         allowed_token_ids=body.allowed_token_ids,
         bad_words=body.bad_words or (),
         service_tier=body.service_tier,

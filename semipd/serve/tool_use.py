@@ -14,13 +14,15 @@ from semipd.serve.chat import ChatTemplate
 from semipd.serve.constraint import Lark, check_schema, schema_of
 from semipd.serve.conversation import NamedChoice, strict_of, tools_of
 from semipd.serve.schema import ChatBody
+from semipd.serve.structured import Structure
 from semipd.serve.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Tools:
     """told: for the template. calls: what to look for in the answer. grammar: what that has to follow,
-    where calls or their arguments are not up to the model; it allows what the response format does, too.
+    where calls or their arguments are not up to the model, or no response format says it; it allows what
+    the response format does, too.
     free: it allows any text without calls."""
 
     told: Sequence[dict[str, Any]] = ()
@@ -43,25 +45,28 @@ class ToolUse:
             marks = {text: tokenizer.tags[text] for text in self._form.marks if text in tokenizer.tags}
             self._grammars = CallGrammar(self._form, marks, by_name), CallGrammar(self._form, {}, by_name)
 
-    def of(self, body: ChatBody) -> Tools:
-        """Raises Refused."""
+    def of(self, body: ChatBody, structure: Structure) -> Tools:
+        """structure: of the body. Raises Refused."""
         told = tools_of(body.tools)
         choice = body.tool_choice or "auto"
         if not told:
             if choice not in ("none", "auto"):
                 raise Refused("tool_choice needs tools", "tool_choice")
-            return Tools()
+            return Tools(grammar=structure.grammar)
         self.check()
         if choice == "none":
-            return Tools()
+            return Tools(grammar=structure.grammar)
+        if choice == "auto" and structure.grammar is not None:
+            raise Refused(f"{structure.name} does not go with tools; give tool_choice", structure.name)
         strict = strict_of(body.tools)
         if self._form is None:
             if choice != "auto" or strict:
                 param = "tools" if strict else "tool_choice"
                 raise Refused("this server does not look for calls (--tool-call-parser none)", param)
             return Tools(told)
-        answer = schema_of(None if body.response_format is None else body.response_format.plain())
-        return self._with(self._form, told, choice, answer, strict, body.parallel_tool_calls is False)
+        with structure.own_words():
+            answer = schema_of(structure.response_format)
+            return self._with(self._form, told, choice, answer, strict, body.parallel_tool_calls is False)
 
     def _with(
         self,

@@ -19,6 +19,7 @@ from semipd.serve.schema import (
     prompts_of,
 )
 from semipd.serve.service import params_of
+from semipd.serve.structured import Structure
 
 texts = st.text('ab"\\\ud83e\udd8aé\n', max_size=4)
 values = st.recursive(
@@ -37,7 +38,7 @@ def refusal(data: bytes, kind: type[CompletionBody] | type[ChatBody]) -> Refused
             assert all(prompts_of(parsed))
         else:
             messages_of(parsed.messages)
-        params_of(parsed, parsed.max_tokens, 16)
+        params_of(parsed, Structure(parsed), parsed.max_tokens, 16)
     except Refused as refused:
         return refused
     return None
