@@ -28,7 +28,7 @@ from semipd.execute.cores import available_cores
 from semipd.execute.launch import ResidentProcess
 from semipd.execute.read_ahead import start_reading
 from semipd.execute.shared import LANES, SharedMemory
-from semipd.execute.wire import Channel, Done, Failed, Forked, Job, Start
+from semipd.execute.wire import Channel, Done, Failed, Forked, Job, Start, pack
 
 SWITCH_SECONDS = 50e-6  # moving a worker's threads to other cores, at its next boundary
 _EARLY = 1.0  # a worker that dies idle within this many seconds of its fork died of its start
@@ -227,7 +227,7 @@ class CpuExecutor:
     def _send(self, worker: _Worker, batch: Batch) -> None:
         # When the worker is dead, `wait` sees it too, and sends everything in flight again.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            worker.channel.send(Job(batch.step, batch.slices))
+            worker.channel.send(Job(batch.step, pack(batch.slices)))
 
     def _pause(self, until: float | None) -> float | None:
         """How long `wait` may sleep now: no longer than to the next look while anybody owes an answer."""
@@ -270,7 +270,8 @@ class CpuExecutor:
             self._lost = answer.message
 
     def _hear_worker(self, worker: _Worker, results: list[StepResult]) -> None:
-        """Take all that the lane has done; repair it when its worker is gone."""
+        """Take what the lane has done, up to one result (the events tell when there is more); repair it
+        when its worker is gone."""
         try:
             while (done := worker.channel.poll()) is not None:
                 flight = worker.flights[0]
@@ -292,6 +293,7 @@ class CpuExecutor:
                         flight.scores,
                     )
                 )
+                return
         except EOFError:
             self._repair(worker, results)
 

@@ -13,12 +13,13 @@ import torch
 from semipd.core.types import Score, Slice
 from semipd.execute.constraints import Constraints
 from semipd.execute.storage import SlotTable
+from semipd.execute.wire import pack
 from semipd.model.attention import Pool, Ragged
 from semipd.model.dense import DenseModel, StepInputs
 from semipd.model.grammar import GrammarTokenizer
 from semipd.model.logprobs import chances
 from semipd.model.sampler import Adjustment, SamplingRows, sample
-from semipd.model.step import Boundary, FusedStep
+from semipd.model.step import Boundary, Chosen, FusedStep
 
 _SCORED = 64  # prompt positions whose logits exist at the same time
 
@@ -51,36 +52,33 @@ class Runner:
         self._kv = kv
         self._pool = Pool.of(kv)
         self._constraints = Constraints(table, folder, model.spec.vocabulary, grammar)
-        self._step = model.fused_step(kv, table.tokens, table.blocks) if fused else None
+        self._step = model.fused_step(kv, table) if fused else None
 
-    def run(self, slices: Sequence[Slice], boundary: Boundary) -> Produced:
-        """Compute the slices and choose their tokens, each written to `table.tokens[slot, start + count]`.
-        `boundary` is called between large operations.
+    def run(self, slices: Sequence[Slice] | bytes, boundary: Boundary) -> Produced:
+        """Compute the slices (bytes: as `pack` makes them) and choose their tokens, each written to
+        `table.tokens[slot, start + count]`. `boundary` is called between large operations.
 
         Raises ValueError for a slot that is not open, a range that does not fit it or an unknown token;
         FloatingPointError when logits are not finite. A step that raised may be run again."""
-        if not slices:
+        packed = slices if isinstance(slices, bytes) else pack(slices)
+        if not packed:
             return Produced([])
-        columns = self._checked(slices)
-        slots, starts, counts, wanted = columns.T
-        plain = not (self._table.prompt_logprobs[slots] >= 0).any()
         try:
-            if plain and self._step is not None and self._step.takes(counts):
-                return self._fused(self._step, columns, boundary)
-            return self._forward(slots, starts, counts, wanted.astype(bool), boundary)
+            if self._step is None or (chosen := self._step.run(packed, boundary)) is None:
+                return self._forward(_columns(packed), boundary)
+            if chosen.others:
+                return self._finish(self._step, chosen, _columns(packed))
+            return Produced(chosen.tokens)
         except FloatingPointError:
+            slots, starts, counts, _ = _columns(packed).T
             self._clear(slots, starts + counts)
             raise
 
-    def _forward(
-        self,
-        slots: np.ndarray,
-        starts: np.ndarray,
-        counts: np.ndarray,
-        wanted: np.ndarray,
-        boundary: Boundary,
-    ) -> Produced:
+    def _forward(self, columns: np.ndarray, boundary: Boundary) -> Produced:
         """As `run`, for any slices."""
+        self._check(columns)
+        slots, starts, counts, _ = columns.T
+        wanted = columns[:, 3].astype(bool)
         inputs = self._inputs(slots, starts, counts, wanted)
         scores: tuple[Score, ...] = ()
         if (self._table.prompt_logprobs[slots] >= 0).any():
@@ -90,39 +88,29 @@ class Runner:
         rows = np.flatnonzero(wanted)
         if not rows.size:
             return Produced([], scores)
-        sampled, produced = slots[rows], (starts + counts)[rows]
-        tokens, more = self._choose(logits, sampled, produced, rows)
-        self._table.tokens[sampled, produced] = np.maximum(tokens, 0)  # a step ahead may read NO_TOKEN's
+        tokens, more = self._choose(logits, slots[rows], (starts + counts)[rows], rows)
         return Produced(tokens, scores + more)
 
-    def _fused(self, step: FusedStep, columns: np.ndarray, boundary: Boundary) -> Produced:
-        """As `run`, in a few calls."""
-        tokens, values = step.run(columns, boundary)
-        table, rows = self._table, np.flatnonzero(columns[:, 3])
+    def _finish(self, step: FusedStep, chosen: Chosen, columns: np.ndarray) -> Produced:
+        """Choose the tokens that the step could not."""
+        tokens, others = chosen
+        rows = np.flatnonzero(columns[:, 3])[others]
         slots, starts, counts, _ = columns[rows].T
-        produced = starts + counts
-        if not np.isfinite(values).all():
-            bad = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise FloatingPointError(f"the logits of row {bad} have no finite maximum: {values[bad]}")
-        scores: tuple[Score, ...] = ()
-        others = np.flatnonzero(table.special[slots] | (produced < table.ban_until[slots]))
-        if others.size:
-            tokens[others], scores = self._choose(
-                step.logits(others), slots[others], produced[others], rows[others]
-            )
-        table.tokens[slots, produced] = np.maximum(tokens, 0) if others.size else tokens
-        chosen: list[int] = tokens.tolist()
-        return Produced(chosen, scores)
+        found, scores = self._choose(step.logits(others), slots, starts + counts, rows)
+        for place, token in zip(others, found, strict=True):
+            tokens[place] = token
+        return Produced(tokens, scores)
 
     def _choose(
         self, logits: torch.Tensor, slots: np.ndarray, produced: np.ndarray, rows: np.ndarray
     ) -> Produced:
-        """A token for each row of logits, and the scores that are asked for. produced: the tokens'
-        positions; rows: of their slices in the batch. Overwrites logits."""
+        """A token for each row of logits, written to the table, too, and the scores that are asked for.
+        produced: the tokens' positions; rows: of their slices in the batch. Overwrites logits."""
         counts = self._table.logprobs[slots]
         asked = np.flatnonzero(counts >= 0)
         raw = logits[torch.from_numpy(asked)] if asked.size else logits[:0]  # a copy
         tokens = sample(logits, self._rules(slots, produced))
+        self._table.tokens[slots, produced] = np.maximum(tokens, 0)  # a step ahead may read NO_TOKEN's
         found = chances(raw, [max(tokens[place], 0) for place in asked], counts[asked].tolist())
         places = zip(rows[asked].tolist(), produced[asked].tolist(), found, strict=True)
         return Produced(tokens, tuple(Score(row, position, *chance) for row, position, chance in places))
@@ -162,16 +150,14 @@ class Runner:
         boundary()
         return self._model.logits_of(hidden[:sampled]), tuple(scores)
 
-    def _checked(self, slices: Sequence[Slice]) -> np.ndarray:
-        """Slots, starts, counts and sample flags, int64 [n, 4], checked against the table."""
-        columns = np.array(slices, dtype=np.int64)
+    def _check(self, columns: np.ndarray) -> None:
+        """Against the table. Raises ValueError."""
         slots, starts, counts, _ = columns.T
         table = self._table
         if slots.min() < 0 or slots.max() >= table.slots or not table.opened[slots].all():
             raise ValueError(f"a slice names a slot that is not open: {self._closed(slots)}")
         if starts.min() < 0 or counts.min() < 1 or (starts + counts).max() > table.max_length:
             raise ValueError(f"a slice does not fit a slot of {table.max_length} tokens")
-        return columns
 
     def _closed(self, slots: np.ndarray) -> list[int]:
         known = self._table.opened
@@ -244,3 +230,8 @@ class Runner:
             bias_tokens=table.bias_tokens[slot, :biases],
             bias=table.bias_values[slot, :biases],
         )
+
+
+def _columns(packed: bytes) -> np.ndarray:
+    """Slots, starts, counts and sample flags of packed slices, int64 [n, 4]."""
+    return np.frombuffer(packed, np.int64).reshape(-1, 4).copy()

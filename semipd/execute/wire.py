@@ -8,7 +8,9 @@ sockets, one message a packet. No tensor travels, and nothing is unpickled.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 import msgspec
@@ -66,10 +68,10 @@ class Forked(msgspec.Struct, frozen=True, tag=True):
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
-    """One batch. Its block tables are already in the slot table."""
+    """One batch, its slices as `pack` makes them. Its block tables are already in the slot table."""
 
     step: int
-    slices: tuple[Slice, ...]
+    slices: bytes
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
@@ -82,6 +84,12 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     scores: tuple[Score, ...] = ()
     more: bool = False
+
+
+def pack(slices: Iterable[Slice]) -> bytes:
+    """Slices as the compiled step reads them: four 64-bit numbers each, in the order of their fields."""
+    numbers = tuple(chain.from_iterable(slices))
+    return struct.pack(f"{len(numbers)}q", *numbers)
 
 
 def cut_scores(scores: Sequence[Score]) -> list[tuple[Score, ...]]:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as functional
 
@@ -24,7 +23,7 @@ from semipd.model.quantized_weights import QuantizedWeights, read_format
 from semipd.model.rope import rope_frequencies
 from semipd.model.row_ops import CompiledRowOps, Heads, PlainRowOps, Rotations, RowOps
 from semipd.model.spec import ModelSpec, load_spec
-from semipd.model.step import Boundary, FusedStep, Parts, can_step
+from semipd.model.step import Boundary, FusedStep, Parts, Slots, can_step
 from semipd.model.weights import DummyWeights, SafetensorsWeights, Weights
 
 MOST_LOADERS = 4  # threads that pack weights: more would wait for the memory
@@ -80,12 +79,12 @@ class DenseModel:
         spec = self.spec
         return (spec.layers, 2, blocks, spec.kv_heads, block_size, spec.head_dim)
 
-    def fused_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> FusedStep | None:
+    def fused_step(self, kv: torch.Tensor, table: Slots) -> FusedStep | None:
         """What computes steps in a few calls (see `FusedStep`), with the same bits as `forward`; None where
         some layer has no compiled form."""
         if self.kernels is None or not self._compiled:
             return None
-        return FusedStep(self.kernels, self._parts, kv, tokens, tables)
+        return FusedStep(self.kernels, self._parts, kv, table)
 
     def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Boundary) -> torch.Tensor:
         """Compute the rows of `inputs`, write their keys and values into kv, and return the logits of the

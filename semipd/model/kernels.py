@@ -95,12 +95,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_angles.restype = None
     library.semipd_linear.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER]
     library.semipd_linear.restype = None
-    library.semipd_step_begin.argtypes = [_POINTER, _POINTER]
-    library.semipd_step_begin.restype = ctypes.c_int
-    library.semipd_step_layers.argtypes = [_POINTER, _POINTER, _LONG, _POINTER, ctypes.c_uint64]
-    library.semipd_step_layers.restype = _LONG
-    library.semipd_step_end.argtypes = [_POINTER, _POINTER]
-    library.semipd_step_end.restype = None
+    library.semipd_step.argtypes = [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, ctypes.c_uint64]
+    library.semipd_step.restype = _LONG
     return library
 
 

@@ -1,4 +1,4 @@
-"""A step on the compiled kernels in a few calls (csrc/step.c), where a model's layers allow it. The kernels
+"""A step on the compiled kernels in one call (csrc/step.c), where a model's layers allow it. The kernels
 are those of the way layer by layer, so both give the same bits; this one saves what lies between them.
 """
 
@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from semipd.model.compiled import Native
-from semipd.model.kernels import LANES, PART, TILE_ROWS, Kernels, can_tile
+from semipd.model.kernels import LANES, TILE_ROWS, Kernels, can_tile
 from semipd.model.layers import Compute, Layer
 from semipd.model.spec import ModelSpec
 
@@ -43,18 +45,63 @@ class _Model(ctypes.Structure):
     )
 
 
+class _Slots(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("slots", "max_length", "token_stride", "table_stride")),
+        *((name, _POINTER) for name in ("tokens", "tables", "ban_until", "prompt_logprobs")),
+        *((name, _POINTER) for name in ("opened", "special")),
+    )
+
+
+class _Size(ctypes.Structure):
+    _fields_ = tuple((name, _LONG) for name in ("rows", "sampled", "items", "packed"))
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _LONG) for name in ("rows", "sampled", "count")),
-        *((name, _POINTER) for name in ("slices", "tokens", "tables")),
-        *((name, _LONG) for name in ("token_stride", "table_stride")),
+        ("count", _LONG),
+        ("slices", _POINTER),
+        ("slots", _POINTER),
+        *((name, _LONG) for name in ("longer", "broken", "other_count")),
+        *((name, _Size) for name in ("need", "room")),
         *(
             (name, _POINTER)
             for name in ("hidden", "normed", "delta", "qkv", "mixed", "activated", "logits")
         ),
         *((name, _POINTER) for name in ("quantized", "packed", "positions", "where", "cosine", "sine")),
-        *((name, _POINTER) for name in ("items", "attention", "best", "value")),
+        *((name, _POINTER) for name in ("items", "attention", "best", "others", "value")),
     )
+
+
+_REFUSED, _NO_ROOM, _BROKEN, _OTHERS = (
+    -1,
+    -2,
+    -3,
+    -4,
+)  # how a step ends that does not just finish (csrc/step.c)
+_SLICE_BYTES = 32  # a packed slice: slot, first position, how many, whether a token is wanted; 64 bits each
+_ASK = None, 0  # the boundary before every large operation
+
+
+class Slots(Protocol):
+    """What a step reads of the slot table, and `tokens`, which it also writes. One row or value a slot;
+    int32 but for opened and special, which are bool (see `execute.storage`)."""
+
+    max_length: int
+    tokens: np.ndarray
+    blocks: np.ndarray
+    ban_until: np.ndarray
+    prompt_logprobs: np.ndarray
+    opened: np.ndarray
+    special: np.ndarray
+
+
+class Chosen(NamedTuple):
+    """The best token of each slice that wants one, in order. others: which of these are not what their
+    slots want, and not in the table yet."""
+
+    tokens: list[int]
+    others: list[int]
 
 
 @dataclass(frozen=True)
@@ -83,56 +130,49 @@ def can_step(kernels: Kernels | None, parts: Parts) -> bool:
 class FusedStep:
     """Runs steps over one KV pool and one slot table. One step at a time."""
 
-    def __init__(
-        self, kernels: Kernels, parts: Parts, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray
-    ) -> None:
-        """kv: [layers, 2, blocks, kv_heads, block_size, head_dim], contiguous. tokens, tables: int32
-        [slots, any], read at every step."""
-        assert kv.is_contiguous() and tokens.strides[1] == tables.strides[1] == 4
-        self._library = kernels.library
-        self._parts, self._kv, self._tables = parts, kv, (tokens, tables)
+    def __init__(self, kernels: Kernels, parts: Parts, kv: torch.Tensor, table: Slots) -> None:
+        """kv: [layers, 2, blocks, kv_heads, block_size, head_dim], contiguous."""
+        assert kv.is_contiguous()
+        self._parts, self._kv, self._table = parts, kv, table
         self._natives = [linear for linear in parts.linears() if isinstance(linear, Native)]
         self._layers = (_Layer * len(parts.layers))(*map(_layer, parts.layers))
         self._model = self._describe(kernels)
-        self._tiled = can_tile(kernels, kv.shape[-1], parts.dtype)
-        self._rows = self._sampled = self._items = self._packed = 0
         self._buffers: dict[str, torch.Tensor] = {}
-        self._step = _Step(tokens=tokens.ctypes.data, tables=tables.ctypes.data)
-        self._step.token_stride, self._step.table_stride = tokens.strides[0] // 4, tables.strides[0] // 4
-        self._pointers = ctypes.byref(self._model), ctypes.byref(self._step)
+        self._slots = _slots(table)
+        self._step = _Step(slots=ctypes.addressof(self._slots))
+        self._step.longer = can_tile(kernels, kv.shape[-1], parts.dtype)
+        self._best = self._others = (ctypes.c_int64 * 0)()
+        self._need = self._step.need
+        pointers = ctypes.addressof(self._model), ctypes.addressof(self._step)
+        self._call = partial(kernels.library.semipd_step, *pointers)
 
-    def takes(self, counts: np.ndarray) -> bool:
-        """Whether slices of so many positions are for `run`: other than single ones are on tile registers
-        only."""
-        return self._tiled or int(counts.max()) == 1
+    def run(self, slices: bytes, boundary: Boundary) -> Chosen | None:
+        """Compute packed slices, at least one: write their keys and values, and, for each that wants a
+        token, the first largest entry of its logits to the table, where its slot wants no more. `boundary`
+        is called before every large operation, unless what it watches shows that there is no need.
 
-    def run(self, slices: np.ndarray, boundary: Boundary) -> tuple[np.ndarray, np.ndarray]:
-        """Compute slices, int64 [n, 4]: slot, first position, how many, and whether a token is wanted then.
-        Writes their keys and values, and returns the first largest entry of the logits of each that wants a
-        token (int64) and its value; both stay valid until the next step. `boundary` is called before every
-        large operation, unless what it watches shows that there is no need, and before the head.
+        None for slices that the other way must take, which also tells what is wrong with them if anything
+        is. Raises FloatingPointError when the largest logit of a row is not finite."""
+        call, count = self._call, len(slices) // _SLICE_BYTES
+        watch = boundary() or _ASK
+        stage = call(slices, count, 0, *watch)
+        if stage == _NO_ROOM:
+            self._make_room(self._need)
+            stage = call(slices, count, 0, *watch)
+        while stage > 0:
+            stage = call(slices, count, stage, *(boundary() or _ASK))
+        if stage == _REFUSED:
+            return None
+        if stage == _BROKEN:
+            row = self._step.broken
+            value = self._buffers["value"][row].item()
+            raise FloatingPointError(f"the logits of row {row} have no finite maximum: {value}")
+        others = self._others[: self._step.other_count] if stage == _OTHERS else []
+        return Chosen(self._best[: self._need.sampled], others)
 
-        Raises ValueError for a token that is not in the vocabulary."""
-        slices = np.ascontiguousarray(slices)
-        rows, sampled = slices[:, 2:].sum(axis=0).tolist()
-        self._make_room(rows, sampled, slices)
-        self._step.rows, self._step.sampled, self._step.count = rows, sampled, len(slices)
-        self._step.slices = slices.ctypes.data
-        model, step = self._pointers
-        if not self._library.semipd_step_begin(model, step):
-            raise ValueError(f"a token is not in the vocabulary of {self._parts.spec.vocabulary}")
-        stage = -1
-        while stage:
-            watch = boundary() or (None, 0)
-            stage = self._library.semipd_step_layers(model, step, max(stage, 0), *watch)
-        if sampled:
-            boundary()
-            self._library.semipd_step_end(model, step)
-        return self._best[:sampled], self._value[:sampled]
-
-    def logits(self, rows: np.ndarray) -> torch.Tensor:
+    def logits(self, rows: Sequence[int]) -> torch.Tensor:
         """Logits of these results of the last step, float32 [n, vocabulary]."""
-        return self._buffers["logits"][torch.from_numpy(rows)].float()
+        return self._buffers["logits"][torch.tensor(rows, dtype=torch.int64)].float()
 
     def _describe(self, kernels: Kernels) -> _Model:
         parts, spec = self._parts, self._parts.spec
@@ -152,29 +192,31 @@ class FusedStep:
             *(parts.rope_factor, spec.norm_eps, head_dim**-0.5),
         )
 
-    def _make_room(self, rows: int, sampled: int, slices: np.ndarray) -> None:
+    def _make_room(self, need: _Size) -> None:
         """Buffers for such a step. Memory is taken when it is written."""
-        model, last = self._model, int((slices[:, 1] + slices[:, 2]).max())
-        if rows > self._rows:
-            self._rows = _room_for(rows)
-            self._make_rows(self._rows)
-        if sampled > self._sampled or not self._sampled:
-            self._sampled = _room_for(sampled)
-            logits = torch.empty(self._sampled, model.vocabulary, dtype=self._parts.dtype)
-            best, value = torch.empty(self._sampled, dtype=torch.int64), torch.empty(self._sampled)
-            self._keep(logits=logits, best=best, value=value)
-            self._best, self._value = best.numpy(), value.numpy()
-        items = len(slices) * model.kv_heads * (last // PART + 1)
-        if items > self._items:
-            self._items = _room_for(items)
+        model, room = self._model, self._step.room
+        if need.rows > room.rows:
+            room.rows = _room_for(need.rows)
+            self._make_rows(room.rows)
+        if need.sampled > room.sampled:
+            room.sampled = _room_for(need.sampled)
+            self._make_results(room.sampled)
+        if need.items > room.items:
+            room.items = _room_for(need.items)
             padded = -(-model.head_dim // LANES) * LANES
             each = model.heads // model.kv_heads * (padded + 2)
-            cuts = torch.empty(self._items, 6, dtype=torch.int64)
-            self._keep(items=cuts, attention=torch.empty(self._items * each))
-        if rows > len(slices) and last > self._packed:
-            self._packed = _room_for(last + TILE_ROWS)
-            shape = (model.kv_heads, 2, self._packed, model.head_dim)
+            cuts = torch.empty(room.items, 6, dtype=torch.int64)
+            self._keep(items=cuts, attention=torch.empty(room.items * each))
+        if need.packed > room.packed:
+            room.packed = _room_for(need.packed + TILE_ROWS)
+            shape = (model.kv_heads, 2, room.packed, model.head_dim)
             self._keep(packed=torch.empty(shape, dtype=torch.bfloat16))
+
+    def _make_results(self, count: int) -> None:
+        logits = torch.empty(count, self._model.vocabulary, dtype=self._parts.dtype)
+        self._keep(logits=logits, value=torch.empty(count))
+        self._best, self._others = (ctypes.c_int64 * count)(), (ctypes.c_int64 * count)()
+        self._step.best, self._step.others = map(ctypes.addressof, (self._best, self._others))
 
     def _make_rows(self, rows: int) -> None:
         spec, model = self._parts.spec, self._model
@@ -202,6 +244,15 @@ class FusedStep:
 def _room_for(count: int) -> int:
     """Rounded up, so that growing ends soon."""
     return max(8, 1 << (count - 1).bit_length())
+
+
+def _slots(table: Slots) -> _Slots:
+    tokens, blocks = table.tokens, table.blocks
+    assert tokens.strides[1] == blocks.strides[1] == table.ban_until.strides[0] == 4
+    assert table.prompt_logprobs.strides[0] == 4 and table.opened.itemsize == table.special.itemsize == 1
+    arrays = tokens, blocks, table.ban_until, table.prompt_logprobs, table.opened, table.special
+    strides = tokens.strides[0] // 4, blocks.strides[0] // 4
+    return _Slots(len(tokens), table.max_length, *strides, *(array.ctypes.data for array in arrays))
 
 
 def _layer(layer: Layer) -> _Layer:

@@ -9,6 +9,7 @@ import torch
 
 from semipd.core.types import Slice
 from semipd.model.dense import DenseModel, load_model
+from semipd.model.step import Chosen
 from tests.checkpoints import VOCABULARY, make_checkpoint
 from tests.model.conftest import one_thread  # noqa: F401  (a fixture)
 from tests.model.stepping import Bench
@@ -168,9 +169,8 @@ def test_the_host_work_of_a_step_is_small(single: DenseModel, fused: bool) -> No
     bench = Bench(single, slots=16, fused=fused)
     for slot in range(16):
         bench.open(slot, prompt(200))
-    logits = torch.randn(16, VOCABULARY)
-    free = {"forward": lambda self, *rest: logits, "run": lambda self, *rest: results}
-    results = np.zeros(16, np.int64), np.zeros(16, np.float32)
+    logits, tokens = torch.randn(16, VOCABULARY), list(range(16))
+    free = {"forward": lambda self, *rest: logits, "run": lambda self, *rest: Chosen(tokens, [])}
     bench.recorder.model = type("Free", (), free)()  # type: ignore
     if bench.runner._step is not None:
         bench.runner._step._step = bench.recorder.model  # type: ignore

@@ -12,7 +12,7 @@ from semipd.core.types import BlockAppend, Sampling, Score, Slice
 from semipd.execute.runner import Runner
 from semipd.execute.storage import SlotTable
 from semipd.model.dense import DenseModel, StepInputs
-from semipd.model.step import FusedStep
+from semipd.model.step import Chosen, FusedStep
 
 
 class Recorder:
@@ -34,8 +34,8 @@ class Recorder:
         self.logits = self.model.logits_of(normed)
         return self.logits.clone()
 
-    def fused_step(self, kv: torch.Tensor, tokens: np.ndarray, tables: np.ndarray) -> Any:
-        step = self.model.fused_step(kv, tokens, tables)
+    def fused_step(self, kv: torch.Tensor, table: SlotTable) -> Any:
+        step = self.model.fused_step(kv, table)
         return None if step is None else _RecordedStep(self, step)
 
 
@@ -44,11 +44,12 @@ class _RecordedStep:
 
     def __init__(self, recorder: Recorder, step: FusedStep) -> None:
         self._recorder, self._step = recorder, step
-        self.logits, self.takes = step.logits, step.takes
+        self.logits = step.logits
 
-    def run(self, slices: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
-        result = self._step.run(slices, *rest)
-        self._recorder.logits = self.logits(np.arange(len(result[0])))
+    def run(self, *arguments: Any) -> Chosen | None:
+        result = self._step.run(*arguments)
+        if result is not None and result.tokens:
+            self._recorder.logits = self.logits(range(len(result.tokens)))
         return result
 
 
