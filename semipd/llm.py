@@ -178,6 +178,7 @@ class LLM:
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.close()
+            self._maker.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -16,7 +16,8 @@ import numpy as np
 
 from semipd.core.types import Constraint
 from semipd.execute.storage import SlotTable
-from semipd.model.grammar import WORD, Follower, GrammarError, GrammarTokenizer
+from semipd.model.grammar import WORD, Follower, GrammarTokenizer
+from semipd.model.grammar_text import GrammarError
 
 log = logging.getLogger("semipd")
 

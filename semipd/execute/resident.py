@@ -40,7 +40,8 @@ from semipd.execute.worker import Storage, work
 from semipd.lifetime import die_with_parent, outlive_parent
 from semipd.logs import start_logging
 from semipd.model.dense import load_model
-from semipd.model.grammar import GrammarError, GrammarTokenizer
+from semipd.model.grammar import GrammarTokenizer
+from semipd.model.grammar_text import GrammarError
 
 log = logging.getLogger(__name__)
 

@@ -1,29 +1,21 @@
-"""Texts that follow a grammar, token by token, by llguidance; here is all that knows the library.
+"""Texts that follow a grammar, token by token, by llguidance. `grammar_text` has the grammars themselves.
 
-It is imported with the first grammar: most processes never see one. No torch.
+The library is imported with the first grammar: most processes never see one. No torch.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from semipd.model.grammar_text import GrammarError, gist, parser_limits
+
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 WORD = 32  # tokens per word of a mask
-# Between two tokens of JSON: nothing, a blank, or a new line with its indentation. Without an end to it, a
-# model that is not sure of itself writes blanks for ever.
-_WHITESPACE = r"( |\n[ \t]{0,40})?"
-
-
-_LOOKS = 4  # places of a grammar to look at in advance, where only one text leads from one to the next
-
-
-class GrammarError(ValueError):
-    """A grammar that cannot be followed; says why, in one line."""
 
 
 class GrammarTokenizer:
@@ -42,7 +34,7 @@ class GrammarTokenizer:
             except ValueError:  # it has tokens that the model has not
                 self.raw = LLTokenizer(text, eos_token=eos)
         except (OSError, ValueError) as error:
-            raise GrammarError(f"the model's tokenizer cannot follow a grammar: {_line(error)}") from None
+            raise GrammarError(f"the model's tokenizer cannot follow a grammar: {gist(error)}") from None
         self.vocabulary = vocabulary
         self.ends = ends
 
@@ -59,7 +51,7 @@ class Follower:
         from llguidance import LLMatcher
 
         self._tokenizer = tokenizer
-        self._start: LLMatcher = LLMatcher(tokenizer.raw, grammar, log_level=0, limits=_limits())
+        self._start: LLMatcher = LLMatcher(tokenizer.raw, grammar, log_level=0, limits=parser_limits())
         self._raw = self._start.deep_copy()
         self._followed = 0
 
@@ -108,71 +100,3 @@ class Follower:
         for spelled in self._tokenizer.letters():
             if self._raw.validate_tokens([spelled]):
                 words[spelled // WORD] |= np.uint32(1 << spelled % WORD)
-
-
-def grammar_of_schema(schema: str) -> str:
-    """The grammar of the JSON values that a JSON schema (as text) describes. Does not check it."""
-    from llguidance import LLMatcher
-
-    options: Any = {
-        "whitespace_pattern": _WHITESPACE,
-        "whitespace_flexible": True,
-        "coerce_one_of": True,
-        "lenient": False,
-    }
-    try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=options)
-    except ValueError as error:
-        raise GrammarError(_line(error)) from None
-
-
-def grammar_of_lark(text: str) -> str:
-    """The grammar that llguidance's dialect of Lark describes. Does not check it."""
-    from llguidance import LLMatcher
-
-    try:
-        return LLMatcher.grammar_from_lark(text)
-    except ValueError as error:
-        raise GrammarError(_line(error)) from None
-
-
-class _Bytes:
-    """A tokenizer of bytes, in the form that llguidance takes."""
-
-    eos_token_id = 256
-    bos_token_id = None
-    special_token_ids = (256,)
-
-    def __init__(self) -> None:
-        self.tokens = [*(bytes((byte,)) for byte in range(256)), b"<end>"]
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        return list(text.encode() if isinstance(text, str) else text)
-
-
-def check_grammar(grammar: str) -> None:
-    """Compile a grammar over single bytes and look at its beginning. Raises GrammarError."""
-    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-
-    raw = LLMatcher(LLTokenizer(TokenizerWrapper(_Bytes())), grammar, log_level=0, limits=_limits())
-    for _ in range(_LOOKS):
-        if not raw.is_error():
-            raw.compute_bitmask()
-        if raw.is_error():
-            raise GrammarError(_line(raw.get_error()))
-        raw.consume_tokens(raw.compute_ff_tokens())
-
-
-def _limits() -> LLParserLimits:
-    """llguidance's own, which keep a compilation and a mask to some 100 ms at worst. An error's text holds
-    neither the grammar nor the text so far."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(verbose_errors=False)
-
-
-def _line(error: object) -> str:
-    """The gist of the library's message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    gist = "; ".join(line for line in lines if line and line != "<non-verbose/>")[:300]
-    return "no text that ends satisfies it" if gist.startswith("NoExtension") else gist or "unknown error"

@@ -1,12 +1,11 @@
 """What may be produced at all: a request's response format, allowed tokens and bad words, checked and made
-ready for those who choose tokens. Compiles grammars, so not for the event loop's thread."""
+ready for those who choose tokens. May wait for a grammar, so not for the event loop's thread."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -14,7 +13,8 @@ import msgspec
 
 from semipd.core.errors import Refused
 from semipd.core.types import Constraint
-from semipd.model.grammar import GrammarError, check_grammar, grammar_of_lark, grammar_of_schema
+from semipd.model.grammar_text import GrammarError
+from semipd.serve.grammar_check import GrammarCheck
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import SamplingParams
 from semipd.serve.tokenizer import Tokenizer
@@ -22,9 +22,9 @@ from semipd.serve.tokenizer import Tokenizer
 MAX_SCHEMA_BYTES = 2**16
 MAX_SCHEMA_DEPTH = 64
 MAX_MULTIPLE = 10_000  # states of an automaton that counts remainders; the library has no limit on them
-MAX_MET = 12  # patterns that one text follows: the library's time doubles with each, 20 of them take 25 s
+MAX_PATTERN = 4096  # characters; a token can take time in their square, wherever in the text it comes
+MAX_CONSTRAINT = 2**17  # bytes, as `execute.storage` has room for
 MAX_BAD_WORD_TOKENS = 64
-_GRAMMARS = 256  # that were found good and are remembered
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FORMAT = "response_format"
 
@@ -45,11 +45,17 @@ class ConstraintMaker:
     def __init__(self, model: ModelFolder, tokenizer: Tokenizer | None) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._good: OrderedDict[str, str] = OrderedDict()  # grammars by what they are made of
+        self._check = GrammarCheck()
 
-    def of(self, params: SamplingParams, calls: Lark | None = None) -> Constraint | None:
+    def close(self) -> None:
+        """End the process that tries out grammars. Idempotent; the next grammar starts it again."""
+        self._check.close()
+
+    def of(self, params: SamplingParams, calls: Lark | None = None, wait: bool = True) -> Constraint | None:
         """None where everything may be produced. calls: what the text has to follow instead of a response
-        format. Raises Refused, naming the field."""
+        format. wait: for a new grammar to be tried out.
+
+        Raises Refused, naming the field, Overloaded where no grammar can be tried out, and Unchecked."""
         schema = schema_of(params.response_format)
         grammar = ""
         if schema is None and calls is None and params.allowed_token_ids is None and not params.bad_words:
@@ -58,11 +64,11 @@ class ConstraintMaker:
             _check_company(params)
             if self._tokenizer is None:
                 raise Refused("the model folder has no tokenizer.json to follow a grammar with", _FORMAT)
-            grammar = self._calls(calls) if calls is not None else self._grammar(schema or "")
+            grammar = self._lark(calls, wait) if calls is not None else self._json(schema or "", wait)
         allowed = tuple(params.allowed_token_ids or ())
         if allowed and max(allowed) >= self._model.vocabulary:
             raise Refused(f"token {max(allowed)} is not in the vocabulary", "allowed_token_ids")
-        return Constraint(
+        constraint = Constraint(
             grammar=grammar,
             # A model that cannot say that it is done says its last token where it has to be.
             ends=self._model.eos or (self._model.vocabulary - 1,),
@@ -71,38 +77,26 @@ class ConstraintMaker:
                 dict.fromkeys(ids for word in params.bad_words for ids in self._spellings(word))
             ),
         )
+        if grammar and (size := len(msgspec.msgpack.encode(constraint))) > MAX_CONSTRAINT:
+            param = calls.param if calls is not None else _FORMAT
+            raise Refused(f"{param}: a grammar of {size} bytes; at most {MAX_CONSTRAINT}", param)
+        return constraint
 
-    def _grammar(self, schema: str) -> str:
-        known = self._good.get(schema)
-        if known is not None:
-            return known
+    def _json(self, schema: str, wait: bool) -> str:
         try:
-            grammar = grammar_of_schema(schema)
-            check_grammar(grammar)
+            return self._check.of({"schema": schema}, wait)
         except GrammarError as error:
             raise Refused(f"response_format: this schema is not supported: {error}", _FORMAT) from None
-        return self._keep(schema, grammar)
 
-    def _calls(self, lark: Lark) -> str:
-        known = self._good.get(lark.text)
-        if known is not None:
-            return known
+    def _lark(self, lark: Lark, wait: bool) -> str:
         if len(lark.text) > MAX_SCHEMA_BYTES:
             message = f"{lark.param}: a grammar of {len(lark.text)} bytes; at most {MAX_SCHEMA_BYTES}"
             raise Refused(message, lark.param)
         try:
-            check_grammar(grammar_of_lark(lark.spelled))
-            grammar = grammar_of_lark(lark.text)
+            return self._check.of({"lark": lark.text, "spelled": lark.spelled}, wait)
         except GrammarError as error:
             message = f"{lark.param}: this schema is not supported: {error}"
             raise Refused(message, lark.param) from None
-        return self._keep(lark.text, grammar)
-
-    def _keep(self, source: str, grammar: str) -> str:
-        self._good[source] = grammar
-        while len(self._good) > _GRAMMARS:
-            self._good.popitem(last=False)
-        return grammar
 
     def _spellings(self, word: str) -> list[tuple[int, ...]]:
         """The word's tokens at a text's beginning and after a blank, as vLLM has them: the second only if
@@ -164,28 +158,33 @@ def _schema(given: Any) -> str:
 
 def check_schema(schema: Any, param: str) -> None:
     """Refuse what is nested too deeply, and what the compiler would work on for ever, as `param`."""
-    level, multiple, patterns, members = [schema], 1, 0, 0
+    level, multiple = [schema], 1
     for _ in range(MAX_SCHEMA_DEPTH):
         deeper: list[Any] = []
         for value in level:
             if isinstance(value, Mapping):
                 multiple = math.lcm(multiple, _digits(value.get("multipleOf")))
-                patterns += ("pattern" in value) + ("format" in value)
-                both = value.get("allOf")
-                members += len(both) if isinstance(both, (list, tuple)) and len(both) > 1 else 0
+                longest = max(map(len, _patterns(value)), default=0)
+                if longest > MAX_PATTERN:
+                    message = f"a pattern of {longest} characters; at most {MAX_PATTERN}"
+                    raise Refused(f"{param}: this schema is not supported: {message}", param)
                 deeper += value.values()
             elif isinstance(value, (list, tuple)):
                 deeper += value
             if multiple > MAX_MULTIPLE:
                 message = f"the least common multiple of all multipleOf exceeds {MAX_MULTIPLE}"
                 raise Refused(f"{param}: this schema is not supported: {message}", param)
-        if min(patterns, members) > MAX_MET:
-            message = f"more than {MAX_MET} patterns and formats may meet in allOf"
-            raise Refused(f"{param}: this schema is not supported: {message}", param)
         level = deeper
         if not level:
             return
     raise Refused(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep", param)
+
+
+def _patterns(schema: Mapping[Any, Any]) -> Iterator[str]:
+    if isinstance(pattern := schema.get("pattern"), str):
+        yield pattern
+    if isinstance(several := schema.get("patternProperties"), Mapping):
+        yield from (pattern for pattern in several if isinstance(pattern, str))
 
 
 def _digits(value: Any) -> int:

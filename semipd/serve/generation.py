@@ -64,6 +64,10 @@ class RequestMaker:
         self._seed = seed
         self._seeded = itertools.count(1)  # its next() is atomic: plans are made on several threads
 
+    def close(self) -> None:
+        """End what it started. Idempotent; it may go on."""
+        self._constraints.close()
+
     def plan(
         self,
         prompts: Sequence[Sequence[int]],
@@ -72,24 +76,26 @@ class RequestMaker:
         cache_salt: str | None = None,
         arrived: float | None = None,
         calls: Lark | None = None,
+        wait: bool = True,
     ) -> Plan:
         """One request per prompt and choice. arrived: time.monotonic() at its arrival (default: now).
-        calls: a grammar that the texts have to follow.
+        calls: a grammar that the texts have to follow. wait: for a new grammar to be tried out.
 
-        Raises Refused, naming the field, for what can never be served."""
+        Raises Refused, naming the field, for what can never be served; Overloaded, and Unchecked, as
+        `ConstraintMaker.of`."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         age = time.monotonic() - arrived if arrived is not None else 0.0
         submits: list[Submit] = []
         complete: list[SamplingParams] = []
         for ids, asked in zip(prompts, each, strict=True):
             whole = self._model.defaults.fill(asked)
-            submits += self._choices(ids, whole, engine, cache_salt, age, calls)
+            submits += self._choices(ids, whole, engine, cache_salt, age, calls, wait)
             complete += [whole] * whole.n
         return Plan(submits, complete, sum(map(len, prompts)))
 
-    def check(self, params: SamplingParams, calls: Lark) -> None:
-        """Refuse a grammar that cannot be followed, before it becomes a part of another."""
-        self._constraints.of(params, calls)
+    def check(self, params: SamplingParams, calls: Lark, wait: bool) -> None:
+        """Refuse a grammar that cannot be followed, before it becomes a part of another. wait: as above."""
+        self._constraints.of(params, calls, wait)
 
     def _choices(
         self,
@@ -99,9 +105,10 @@ class RequestMaker:
         salt: str | None,
         age: float,
         calls: Lark | None,
+        wait: bool,
     ) -> list[Submit]:
         most = self._max_tokens(ids, params, engine.limit)
-        constraint = self._constraints.of(params, calls)
+        constraint = self._constraints.of(params, calls, wait)
         stop_tokens = self._stop_tokens(params, constraint)
         service_class = self._service_class(params.service_tier, params.priority)
         sampling = Sampling(

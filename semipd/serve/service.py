@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 
 from semipd.core.errors import EngineDead, Refused
 from semipd.serve.chat import ChatTemplate
-from semipd.serve.constraint import schema_of
+from semipd.serve.constraint import Lark, schema_of
 from semipd.serve.conversation import ChatMessage, messages_of, texts_of, tools_of
 from semipd.serve.errors import ApiError
 from semipd.serve.gate import Gate, Limits
 from semipd.serve.generation import Plan, RequestMaker
+from semipd.serve.grammar_check import Unchecked, WaitingRoom
 from semipd.serve.messages import EngineInfo
 from semipd.serve.model_folder import ModelFolder
 from semipd.serve.params import MAX_TOKEN_ID, SamplingParams
-from semipd.serve.reasoning import Reasoning
+from semipd.serve.reasoning import Reasoning, ReasoningRule
 from semipd.serve.responses_input import Translation
 from semipd.serve.responses_schema import ResponsesBody
 from semipd.serve.schema import (
@@ -36,7 +37,7 @@ from semipd.serve.session import Session
 from semipd.serve.structured import Structure
 from semipd.serve.text import Echo
 from semipd.serve.tokenizer import Tokenizer
-from semipd.serve.tool_use import ToolUse
+from semipd.serve.tool_use import Tools, ToolUse
 
 MAX_SALT = 256
 MAX_TEXT = 2**21  # characters for /tokenize
@@ -48,6 +49,7 @@ MAX_PROMPT_NUMBERS = 2**20  # log probabilities of one answer: they come at once
 MAX_NUMBERS = 2**22  # of produced tokens: they come one by one
 
 Result = TypeVar("Result")
+Planned = Plan | Callable[[], Plan]
 
 
 class Service:
@@ -76,6 +78,7 @@ class Service:
         self._maker = maker
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._side = ThreadPoolExecutor(1, thread_name_prefix="tokenize")  # of its routes: no request waits
+        self._grammars = WaitingRoom()
 
     @property
     def name(self) -> str:
@@ -85,6 +88,8 @@ class Service:
     def close(self) -> None:
         for pool in (self._pool, self._side):
             pool.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
+        self._maker.close()
 
     def engine(self) -> EngineInfo:
         """The engine's description. Raises EngineDead, or ApiError (503) while it is loading."""
@@ -105,18 +110,22 @@ class Service:
         alone = bool(body.echo) and body.max_tokens == 0
         engine, salt = self.engine(), _salt(body)
 
-        def work() -> Plan:
+        def work() -> Planned:
             structure = Structure(body)
             params = params_of(body, structure, 1 if alone else body.max_tokens, DEFAULT_MAX_TOKENS)
             prompts = prompts_of(body)
             whole = body.truncate_prompt_tokens is None
             ids = [self._ids(prompt, engine.limit, body) for prompt in prompts]
-            with structure.own_words():
-                plan = self._maker.plan(ids, params, engine, salt, arrived, structure.grammar)
-            echoes = self._echoes(prompts, ids, params.n, alone, whole) if body.echo else []
-            return replace(_bounded(plan), echoes=echoes, told=True)
 
-        return await self._off_loop(work)
+            def planned(wait: bool) -> Plan:
+                with structure.own_words():
+                    plan = self._maker.plan(ids, params, engine, salt, arrived, structure.grammar, wait)
+                echoes = self._echoes(prompts, ids, params.n, alone, whole) if body.echo else []
+                return replace(_bounded(plan), echoes=echoes, told=True)
+
+            return _now_or_later(planned)
+
+        return await self._planned(work)
 
     async def plan_chat(self, body: ChatBody, arrived: float) -> Plan:
         """Refusals name the parameters of the chat API."""
@@ -130,7 +139,7 @@ class Service:
             names["max_tokens"] = "max_completion_tokens"
         engine, salt = self.engine(), _salt(body)
 
-        def work() -> Plan:
+        def work() -> Planned:
             structure = Structure(body)
             tools = self._tool_use.of(body, structure)
             cut = body.truncate_prompt_tokens is not None
@@ -139,26 +148,41 @@ class Service:
             ids = _last(_rendered(chat, messages, tools.told, body), body, asked, engine.limit)
             repeated = bool(body.echo) and messages[-1]["role"] == "assistant"
             said = messages[-1]["content"] if body.continue_final_message else None
-            rule, grammar = self._reasoning.of(ids, said, repeated), tools.grammar
-            with structure.own_words():
-                if rule is not None:
-                    if structure.grammar is not None:
-                        self._maker.check(params, structure.grammar)
-                    grammar = self._reasoning.before(rule, tools, schema_of(params.response_format))
-                if grammar is not None:  # which has the response format in it
-                    params = replace(params, response_format=None)
-                plan = self._maker.plan([ids], params, engine, salt, arrived, grammar)
+            rule = self._reasoning.of(ids, said, repeated)
             echoes = [Echo(messages[-1]["content"], ())] * params.n if repeated else []
-            return replace(_bounded(plan), told=True, calls=tools.calls, echoes=echoes, reasoning=rule)
+
+            def planned(wait: bool) -> Plan:
+                with structure.own_words():
+                    rest, grammar = self._followed(params, structure, tools, rule, wait)
+                    plan = self._maker.plan([ids], rest, engine, salt, arrived, grammar, wait)
+                return replace(_bounded(plan), told=True, calls=tools.calls, echoes=echoes, reasoning=rule)
+
+            return _now_or_later(planned)
 
         try:
-            return await self._off_loop(work)
+            return await self._planned(work)
         except Refused as refused:
             param = refused.param or ""
             raise Refused(
                 str(refused).replace("max_tokens", names.get("max_tokens", "max_tokens")),
                 names.get(param, refused.param),
             ) from None
+
+    def _followed(
+        self,
+        params: SamplingParams,
+        structure: Structure,
+        tools: Tools,
+        rule: ReasoningRule | None,
+        wait: bool,
+    ) -> tuple[SamplingParams, Lark | None]:
+        """The parameters without what is said by the grammar beside them, if there is one."""
+        grammar = tools.grammar
+        if rule is not None:
+            if structure.grammar is not None:
+                self._maker.check(params, structure.grammar, wait)
+            grammar = self._reasoning.before(rule, tools, schema_of(params.response_format))
+        return (params if grammar is None else replace(params, response_format=None)), grammar
 
     async def plan_responses(self, body: ResponsesBody, arrived: float) -> Plan:
         """As of a chat. Refusals name the parameters of the responses API."""
@@ -252,8 +276,20 @@ class Service:
             raise Refused(f"a text of {len(text)} characters; at most {MAX_TEXT} are tokenised", "prompt")
         return self.tokenizer.encode(text, add_special)
 
+    async def _planned(self, work: Callable[[], Planned]) -> Plan:
+        plan = await self._off_loop(work)
+        return plan if isinstance(plan, Plan) else await self._grammars.run(plan)
+
     async def _off_loop(self, work: Callable[[], Result], pool: ThreadPoolExecutor | None = None) -> Result:
         return await asyncio.get_running_loop().run_in_executor(pool or self._pool, work)
+
+
+def _now_or_later(planned: Callable[[bool], Plan]) -> Planned:
+    """The plan, or where it has to wait for a grammar what makes it then. planned: told whether to wait."""
+    try:
+        return planned(False)
+    except Unchecked:
+        return lambda: planned(True)
 
 
 def params_of(

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from semipd.core.errors import Refused
-from semipd.serve.constraint import MAX_SCHEMA_BYTES, Lark
+from semipd.serve.constraint import MAX_PATTERN, MAX_SCHEMA_BYTES, Lark
 from semipd.serve.schema import GenerationBody, ResponseFormat, SchemaFormat
 
 MAX_CHOICES = 1024
@@ -115,7 +115,7 @@ def _regex(pattern: str, name: str) -> str:
     """A text that the pattern matches as a whole, likewise. Nothing in the pattern ends its literal."""
     if not pattern:
         raise Refused(f"{name}: the regular expression is empty", name)
-    _check_size(len(pattern), name)
+    _check_size(len(pattern), name, MAX_PATTERN)
     parts, escaped = [], False
     for character in pattern:
         if character == "/" and not escaped:
@@ -128,6 +128,6 @@ def _regex(pattern: str, name: str) -> str:
     return f"/{''.join(parts)}/"
 
 
-def _check_size(characters: int, name: str) -> None:
-    if characters > MAX_SCHEMA_BYTES:
-        raise Refused(f"{name} has {characters} characters; at most {MAX_SCHEMA_BYTES} are taken", name)
+def _check_size(characters: int, name: str, most: int = MAX_SCHEMA_BYTES) -> None:
+    if characters > most:
+        raise Refused(f"{name} has {characters} characters; at most {most} are taken", name)

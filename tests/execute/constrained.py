@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from semipd.core.ports import Executor
 from semipd.core.types import NO_TOKEN, Constraint, Lane, Sampling, Slice
-from semipd.model.grammar import grammar_of_schema
+from semipd.model.grammar_text import grammar_of_schema
 from tests.checkpoints import VOCABULARY
 from tests.execute.conformance import Driver
 

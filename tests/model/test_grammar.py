@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from semipd.model.grammar import (
-    Follower,
-    GrammarError,
-    GrammarTokenizer,
-    grammar_of_schema,
-)
+from semipd.model.grammar import Follower, GrammarTokenizer
+from semipd.model.grammar_text import GrammarError, grammar_of_schema
 from tests.checkpoints import VOCABULARY, write_tokenizer
 
 END, BEGIN = 0, 1
