@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from semipd.core.errors import Refused
 from semipd.serve.conversation import (
     CalledFunction,
@@ -18,7 +20,6 @@ from semipd.serve.conversation import (
 )
 from semipd.serve.responses_schema import (
     ITEMS,
-    MAX_ITEMS,
     CallItem,
     CallOutputItem,
     FunctionChoice,
@@ -44,9 +45,12 @@ _INCLUDABLE = (
     "web_search_call.action.sources",
     "web_search_call.results",
 )
+MAX_ITEMS = 4096
+MAX_PARTS = 16_384  # of all items
 MAX_PAIRS = 16
 MAX_KEY, MAX_VALUE = 64, 512
 MAX_HINT = 1024
+MAX_REPEATED = 2**20  # bytes of what every answer and three events of a stream repeat
 _STATELESS = "this server stores no responses"
 _PLACE = re.compile(r"messages\[\d+\](?:\.tool_calls\[\d+\])?(?:\.function)?")
 _FIELD = re.compile(r"(?<=\])\.(?:tool_call_id|id)\b")
@@ -121,7 +125,10 @@ class _Turns:
         if not body.input:
             raise Refused("input is empty", "input")
         if len(body.input) > MAX_ITEMS:
-            raise Refused(f"at most {MAX_ITEMS} items", "input")
+            raise Refused(f"input has {len(body.input)} items; at most {MAX_ITEMS} are taken", "input")
+        lists = [item.get(name) for item in body.input for name in ("content", "output")]
+        if (count := sum(len(parts) for parts in lists if isinstance(parts, list))) > MAX_PARTS:
+            raise Refused(f"the items of input have {count} parts; at most {MAX_PARTS} are taken", "input")
         for place, value in enumerate(body.input):
             where = f"input[{place}]"
             named = value if "type" in value or "role" not in value else {**value, "type": "message"}
@@ -191,6 +198,9 @@ def _check_state(body: ResponsesBody) -> None:
 
 
 def _check_rest(body: ResponsesBody) -> None:
+    for name in ("tools", "tool_choice", "text", "include"):
+        if len(msgspec.json.encode(getattr(body, name))) > MAX_REPEATED:
+            raise Refused(f"{name} has more than {MAX_REPEATED} bytes", name)
     for place, name in enumerate(body.include or ()):
         if name not in _INCLUDABLE:
             raise Refused(f"include[{place}]: {name[:80]!r} is not known", "include")

@@ -10,7 +10,6 @@ import msgspec
 from semipd.core.errors import Refused
 from semipd.serve.schema import SamplingBody, refusal_of
 
-MAX_ITEMS = 4096  # of an input, and parts of an item
 _ABSENT: tuple[Any, ...] = (None,)
 
 # Known elsewhere, not supported here: the values that change nothing.
@@ -223,8 +222,6 @@ def text_of(content: str | list[dict[str, Any]], where: str) -> str:
     """The text of an item. Raises Refused."""
     if isinstance(content, str):
         return content
-    if len(content) > MAX_ITEMS:
-        raise Refused(f"{where}: at most {MAX_ITEMS} parts", param_of(where))
     parts = [typed(part, _PARTS, f"{where}[{place}]", "parts") for place, part in enumerate(content)]
     return "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import httpx
 import msgspec
 import pytest
 
+from semipd.core.errors import Refused
 from semipd.serve.responses_input import Translation
 from semipd.serve.responses_schema import ResponsesBody
 from semipd.serve.schema import parse
@@ -20,6 +22,7 @@ from tests.serve.test_responses import TEMPLATE
 USER = {"role": "user", "content": "x"}
 CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
 ANSWER = {"type": "function_call_output", "call_id": "1", "output": "y"}
+PART = {"type": "input_text", "text": "x"}
 TOOL = {"type": "function", "name": "f"}
 FORMAT = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
 
@@ -141,7 +144,8 @@ def refusal(client: httpx.Client, body: Any) -> dict[str, Any]:
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 7}]}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
-        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}] * 4097}]}, "input"),
+        ({"input": [{"role": "user", "content": [PART] * 20}] * 1000}, "input"),
+        ({"input": [{**ANSWER, "output": [PART] * 20_000}]}, "input"),
         ({"input": [{**USER, "more": 1}]}, "input"),
         ({"input": [{**CALL, "arguments": {}}]}, "input"),
         ({"input": [{**CALL, "arguments": "{"}]}, "input"),
@@ -191,6 +195,9 @@ def refusal(client: httpx.Client, body: Any) -> dict[str, Any]:
         ({"reasoning": {"summary": "detailed"}}, "reasoning"),
         ({"include": ["everything"]}, "include"),
         ({"include": "reasoning.encrypted_content"}, "include"),
+        ({"include": ["reasoning.encrypted_content"] * 50_000}, "include"),
+        ({"tools": [{**TOOL, "description": "x" * 2**20}], "tool_choice": "none"}, "tools"),
+        ({"text": {"format": {**FORMAT, "description": "x" * 2**20}}}, "text"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"top_logprobs": 21, "include": ["message.output_text.logprobs"]}, "top_logprobs"),
         ({"metadata": {"a": 1}}, "metadata"),
@@ -249,3 +256,69 @@ def test_nothing_is_stored(client: httpx.Client) -> None:
     assert client.get("/v1/responses").status_code == 405
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     assert {"ResponsesBody", "MessageItem", "CallItem", "CallOutputItem", "ReasoningItem"} <= set(schemas)
+
+
+RICH: dict[str, Any] = {
+    "instructions": "i",
+    "input": [USER, {**USER, "content": [PART]}, thought("t"), said("a"), CALL, ANSWER],
+    "tools": [{**TOOL, "description": "d", "parameters": {"type": "object"}, "strict": True}],
+    "tool_choice": {"type": "function", "name": "f"},
+    "text": {"format": {**FORMAT, "strict": True}, "verbosity": "medium"},
+    "reasoning": {"effort": "high", "summary": "auto"},
+    "include": ["message.output_text.logprobs"],
+    "metadata": {"a": "b"},
+    "stream": True,
+    "stream_options": {"include_obfuscation": False},
+    "structured_outputs": {"choice": ["a"]},
+}
+JUNK = [
+    None,
+    True,
+    0,
+    -1,
+    2**70,
+    1.5,
+    "",
+    "x",
+    [],
+    {},
+    [None],
+    {"type": "message"},
+    {"a": {"b": []}},
+    "\ud83d",
+]
+
+
+def places_in(value: Any) -> Iterator[tuple[Any, ...]]:
+    """Ways to all values in it."""
+    pairs = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, part in pairs:
+        yield (key,)
+        yield from ((key, *rest) for rest in places_in(part))
+
+
+def refused_of(body: dict[str, Any]) -> Refused | None:
+    try:
+        translation = Translation(parse(json.dumps(body).encode(), ResponsesBody))
+    except Refused as refused:
+        return refused
+    assert all(isinstance(message.role, str) for message in translation.chat.messages)
+    return None
+
+
+@pytest.mark.parametrize("name", RICH)
+def test_junk_anywhere_is_understood_or_refused_by_name(name: str) -> None:
+    for place in places_in({name: RICH[name]}):
+        for junk in [*JUNK, ...]:
+            body = copy.deepcopy(RICH)
+            inner: Any = body
+            for key in place[:-1]:
+                inner = inner[key]
+            if junk is ...:
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = junk
+            refused = refused_of(body)
+            assert refused is None or (refused.param in RICH and len(str(refused)) < 500), (place, junk)
