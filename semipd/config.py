@@ -216,6 +216,9 @@ class ServerConfig:
         "choice",
         choices=REASONING_PARSERS,
     )
+    skip_hosted_tools: bool = _setting(
+        False, "leave out tools that are no functions (/v1/responses)", "flag"
+    )
     record_trace: str | None = _setting(
         None, "append times and lengths of requests to this file, for semipd simulate", metavar="FILE"
     )

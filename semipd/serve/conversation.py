@@ -108,6 +108,20 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return [_plain(message, f"messages[{place}]") for place, message in enumerate(messages)]
 
 
+def without_developer(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for a template that does not know the role developer, and would leave it out or refuse it:
+    it is the system that speaks, or goes on where it spoke just before."""
+    known: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] != "developer":
+            known.append(message)
+        elif known and known[-1]["role"] == "system":
+            known[-1] = {**known[-1], "content": f"{known[-1]['content']}\n\n{message['content']}"}
+        else:
+            known.append({**message, "role": "system"})
+    return known
+
+
 def tools_of(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     """Tools as a chat template takes them. Raises Refused."""
     if len(tools or ()) > MAX_TOOLS:

@@ -70,9 +70,9 @@ _WORDS = {
 
 
 class Translation:
-    """A body as one of the chat API. Raises Refused."""
+    """A body as one of the chat API. skip: leave out tools that are no functions. Raises Refused."""
 
-    def __init__(self, body: ResponsesBody) -> None:
+    def __init__(self, body: ResponsesBody, skip: bool = False) -> None:
         _check_state(body)
         _check_rest(body)
         turns = _Turns(body)
@@ -85,7 +85,7 @@ class Translation:
             **common,
             messages=turns.messages,
             max_completion_tokens=body.max_output_tokens,
-            tools=_tools(body),
+            tools=_tools(body, skip),
             tool_choice=_choice(body),
             parallel_tool_calls=body.parallel_tool_calls,
             response_format=_format(body),
@@ -215,9 +215,14 @@ def _check_rest(body: ResponsesBody) -> None:
             raise Refused(f"{name} is longer than {MAX_HINT} characters", name)
 
 
-def _tools(body: ResponsesBody) -> list[Tool] | None:
+def _tools(body: ResponsesBody, skip: bool) -> list[Tool] | None:
     tools = []
     for place, value in enumerate(body.tools or ()):
+        if value.get("type") != "function" and isinstance(value.get("type"), str):
+            if skip:
+                continue
+            message = f"tools[{place}]: tools of the type {value['type'][:40]!r} are not supported"
+            raise Refused(f"{message}; a server with --skip-hosted-tools leaves them out", "tools")
         tool = typed(value, {"function": FunctionTool}, f"tools[{place}]", "tools of this server")
         spec = FunctionSpec(
             name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict

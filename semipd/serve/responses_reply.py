@@ -164,7 +164,7 @@ def _told(model: str, body: ResponsesBody, plan: Plan) -> dict[str, Any]:
         "frequency_penalty": params.frequency_penalty,
         "reasoning": {"effort": reasoning, "summary": None},
         "text": {"format": (body.text and body.text.format) or {"type": "text"}},
-        "tools": body.tools or [],
+        "tools": [tool for tool in body.tools or () if tool["type"] == "function"],
         "tool_choice": body.tool_choice or "auto",
         "metadata": body.metadata or {},
         "user": body.user,

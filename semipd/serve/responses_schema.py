@@ -174,8 +174,7 @@ class ResponsesBody(SamplingBody, kw_only=True):
     """POST /v1/responses. input: text, or the items of a conversation. instructions: come before it, with
     the role system. Nothing is stored: store must not be true, and the whole conversation comes with each
     request. include: message.output_text.logprobs is what matters here. metadata: comes back.
-    prompt_cache_key, safety_identifier, max_tool_calls (of hosted tools, of which there are none): change
-    nothing."""
+    prompt_cache_key, safety_identifier, client_metadata and max_tool_calls change nothing."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
 
@@ -197,6 +196,7 @@ class ResponsesBody(SamplingBody, kw_only=True):
     previous_response_id: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
+    client_metadata: dict[str, Any] | None = None
     max_tool_calls: int | None = None
     stream_options: StreamFormat | None = None
 

@@ -67,8 +67,9 @@ def run_server(config: Config, engine: EngineProcess) -> int:
             classes = config.policy.classes or ()
             maker = RequestMaker(folder, config.model.seed, config.cache.prefix_cache, classes, tokenizer)
             limits = dataclasses.replace(Limits.of(config.server), connections=connections)
-            parsers = config.server.tool_call_parser, config.server.reasoning_parser
-            service = Service(resolved.names, folder, tokenizer, chat, maker, session, limits, *parsers)
+            server = config.server
+            tools = server.tool_call_parser, server.reasoning_parser, server.skip_hosted_tools
+            service = Service(resolved.names, folder, tokenizer, chat, maker, session, limits, *tools)
             return asyncio.run(_Server(config, service, listener).run())
         finally:
             link.kill()

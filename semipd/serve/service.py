@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from semipd.core.errors import EngineDead, Refused
 from semipd.serve.chat import ChatTemplate
 from semipd.serve.constraint import Lark, schema_of
-from semipd.serve.conversation import ChatMessage, messages_of, texts_of, tools_of
+from semipd.serve.conversation import ChatMessage, messages_of, texts_of, tools_of, without_developer
 from semipd.serve.errors import ApiError
 from semipd.serve.gate import Gate, Limits
 from semipd.serve.generation import Plan, RequestMaker
@@ -66,7 +66,9 @@ class Service:
         limits: Limits,
         tool_call_parser: str = "auto",
         reasoning_parser: str = "auto",
+        skip_hosted_tools: bool = False,
     ) -> None:
+        """skip_hosted_tools: leave out tools of /v1/responses that are no functions."""
         self.names = tuple(names)
         self.model = model
         self.tokenizer = tokenizer
@@ -75,6 +77,7 @@ class Service:
         self._chat = chat
         self._tool_use = ToolUse(chat, tokenizer, tool_call_parser)
         self._reasoning = Reasoning(chat, tokenizer, reasoning_parser)
+        self._skip_hosted_tools = skip_hosted_tools
         self._maker = maker
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._side = ThreadPoolExecutor(1, thread_name_prefix="tokenize")  # of its routes: no request waits
@@ -186,7 +189,7 @@ class Service:
 
     async def plan_responses(self, body: ResponsesBody, arrived: float) -> Plan:
         """As of a chat. Refusals name the parameters of the responses API."""
-        translation = await self._off_loop(lambda: Translation(body))
+        translation = await self._off_loop(lambda: Translation(body, self._skip_hosted_tools))
         try:
             return await self.plan_chat(translation.chat, arrived)
         except Refused as refused:
@@ -268,7 +271,7 @@ class Service:
             self.tokenizer.check_size(texts, limit, "messages")
         elif len(texts) > MAX_TEXT:
             raise Refused(f"messages of {len(texts)} characters; at most {MAX_TEXT}", "messages")
-        return plain
+        return plain if self._template().mentions("developer") else without_developer(plain)
 
     def _encode_any(self, text: str, add_special: bool = True) -> list[int]:
         """Of any text, also one that is too long for the model."""

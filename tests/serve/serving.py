@@ -54,6 +54,7 @@ def serving(
     reasoning_parser: str = "auto",
     length: int = MAX_LENGTH,
     names: Sequence[str] = ("tiny",),
+    skip_hosted_tools: bool = False,
 ) -> Iterator[Serving]:
     """Serve the folder's tokenizer over the executor's tokens until the block ends. policy: its targets."""
     engine_thread = EngineThread(
@@ -65,8 +66,8 @@ def serving(
     tokenizer = Tokenizer(folder)
     chat = load_chat_template(folder, tokenizer)
     maker = RequestMaker(model, classes=policy.classes or (), tokenizer=tokenizer)
-    parsers = tool_call_parser, reasoning_parser
-    service = Service(names, model, tokenizer, chat, maker, session, limits, *parsers)
+    tools = tool_call_parser, reasoning_parser, skip_hosted_tools
+    service = Service(names, model, tokenizer, chat, maker, session, limits, *tools)
     http = http_server(create_app(service, "1.2.3", api_key, metrics_alias), limits)
     listener = socket.create_server(("127.0.0.1", 0))
 

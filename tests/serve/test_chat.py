@@ -11,7 +11,7 @@ import pytest
 
 from semipd.core.errors import ConfigError, Refused
 from semipd.serve.chat import ChatTemplate, load_chat_template
-from semipd.serve.conversation import ChatMessage, messages_of
+from semipd.serve.conversation import ChatMessage, messages_of, without_developer
 from semipd.serve.tokenizer import Tokenizer
 from tests.serve.fakes import SPECIAL, make_folder
 
@@ -265,3 +265,22 @@ def test_the_last_message_may_go_on(tokenizer: Tokenizer) -> None:
     with pytest.raises(Refused) as caught:
         ChatTemplate("{{ messages[0].content }}", tokenizer).encode(messages, False, open_end=True)
     assert caught.value.param == "continue_final_message"
+
+
+def test_the_role_developer_is_the_systems_where_a_template_does_not_know_it() -> None:
+    """Templates leave out roles that they do not know: what a coding agent may do was never told."""
+
+    def turns(*roles: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": f"{role} {place}"} for place, role in enumerate(roles)]
+
+    def shown(*roles: str) -> list[tuple[str, str]]:
+        return [(turn["role"], turn["content"]) for turn in without_developer(turns(*roles))]
+
+    assert shown("system", "user") == [("system", "system 0"), ("user", "user 1")]
+    assert shown("developer", "user") == [("system", "developer 0"), ("user", "user 1")]
+    both = shown("system", "developer", "developer", "user", "developer")
+    assert both == [
+        ("system", "system 0\n\ndeveloper 1\n\ndeveloper 2"),
+        ("user", "user 3"),
+        ("system", "developer 4"),
+    ]

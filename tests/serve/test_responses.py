@@ -324,6 +324,40 @@ def test_clients_that_leave_and_many_at_once(folder: Path) -> None:
         assert ask(client, max_output_tokens=2)["status"] == "incomplete"
 
 
+def test_a_coding_agent_brings_more_than_functions(folder: Path) -> None:
+    """As Codex asks: tools of other kinds are left out where the server was told so, else refused."""
+
+    def text(said: str) -> list[dict[str, str]]:
+        return [{"type": "input_text", "text": said}]
+
+    body: dict[str, Any] = {
+        "model": "tiny", "instructions": "you are an agent", "store": False, "parallel_tool_calls": False,
+        "input": [
+            {"type": "message", "role": "developer", "content": text("sandbox")},
+            {"type": "message", "role": "user", "content": text("go")},
+            {"type": "reasoning", "summary": [], "content": None, "encrypted_content": None},
+            {"type": "function_call", "name": "get_weather", "arguments": "{}", "call_id": "call_1"},
+            {"type": "function_call_output", "call_id": "call_1", "output": text("sun")},
+        ],
+        "tools": [
+            {**WEATHER, "description": "runs a command", "strict": False},
+            {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark"}},
+            {"type": "web_search", "external_web_access": False},
+            {"type": "namespace", "name": "mcp", "tools": [WEATHER]},
+        ],
+        "tool_choice": "auto", "reasoning": None, "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "a-b-c", "client_metadata": {"x-id": "d"}, "text": {"verbosity": "medium"},
+    }  # fmt: skip
+    with speaking(folder, SAID, skip_hosted_tools=True) as running, running.client() as client:
+        events = events_of(client, **body)
+        assert [item["type"] for item in gathered(events)] == ["reasoning", "message", "function_call"]
+        assert [tool["type"] for tool in events[0]["response"]["tools"]] == ["function"]
+        required = {**body, "tools": body["tools"][1:], "tool_choice": "required"}
+        assert client.post(RESPONSES, json=required).json()["error"]["param"] == "tool_choice"
+    with speaking(folder, SAID) as running, running.client() as client:
+        assert "tools[1]" in client.post(RESPONSES, json=body).json()["error"]["message"]
+
+
 def test_names_of_a_model(folder: Path) -> None:
     with (
         serving(folder, LiveFake(script=script_of("hi")), names=("one", "two/2")) as running,

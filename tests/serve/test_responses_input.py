@@ -171,6 +171,9 @@ def refusal(client: httpx.Client, body: Any) -> dict[str, Any]:
         ({"tools": [7]}, "tools"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "custom", "name": "x"}]}, "tools"),
+        ({"tools": [{"type": 7}]}, "tools"),
+        ({"tools": [{"type": ["x"]}]}, "tools"),
+        ({"tools": [{"name": "f"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tools": [{**TOOL, "parameters": []}]}, "tools"),
         ({"tools": [{**TOOL, "parameters": {"type": "array"}}]}, "tools"),
@@ -238,9 +241,8 @@ def test_the_place_is_named(client: httpx.Client) -> None:
         body = {"input": [USER, thought("t"), CALL, item], "instructions": "i"}
         assert refusal(client, body)["message"].startswith(words)
     assert "stores no responses" in refusal(client, {"input": "x", "previous_response_id": "r"})["message"]
-    assert (
-        "not 'web_search'" in refusal(client, {"input": "x", "tools": [{"type": "web_search"}]})["message"]
-    )
+    hosted = refusal(client, {"input": "x", "tools": [{"type": "web_search"}]})["message"]
+    assert "'web_search' are not supported" in hosted and "--skip-hosted-tools" in hosted
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"input": "\xff"}', b"[" * 50_000])
