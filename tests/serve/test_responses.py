@@ -51,13 +51,13 @@ def server(folder: Path) -> Iterator[Serving]:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server: Serving) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def theirs(server: Serving) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
         yield client
@@ -299,6 +299,7 @@ def test_a_stream_that_fails_says_so(folder: Path) -> None:
         with client.stream("POST", RESPONSES, json=asked) as response:
             lines = response.iter_lines()
             assert "response.created" in next(lines)
+            assert any("output_text.delta" in line for line in lines)
             executor.fail_next = True
             last = [line for line in lines if line.startswith("data: ")][-1]
     event = json.loads(last.removeprefix("data: "))

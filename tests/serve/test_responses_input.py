@@ -105,7 +105,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
             )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server: Serving) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client

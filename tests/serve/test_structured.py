@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server: Serving) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client
