@@ -43,6 +43,7 @@ from semipd.execute.linux import read_text, thread_ids
 from semipd.execute.shared import Words
 
 PATIENCE = 0.1  # seconds that a step waits for a core before it overlaps
+REST = 0.05  # seconds without a step after which threads may be asleep
 _FIRST_PAUSE = 20e-6
 _LONGEST_PAUSE = 500e-6
 
@@ -50,8 +51,8 @@ _LONGEST_PAUSE = 500e-6
 class Share:
     """The cores of lane number `lane`, out of `cores` (system numbers, ascending).
 
-    lock: a descriptor of the shared file, for rule 4. place: told the cores, on change, once all threads
-    may run on these alone; the one that a shrinking lane keeps longest comes first.
+    lock: a descriptor of the shared file, for rule 4. set_threads: told the number of cores, on change.
+    tie: told the cores before a step that follows a rest; ties one thread to each, this one to the first.
     """
 
     def __init__(
@@ -60,17 +61,20 @@ class Share:
         lane: int,
         cores: Sequence[int],
         lock: int,
-        place: Callable[[Sequence[int]], None],
+        set_threads: Callable[[int], None],
+        tie: Callable[[Sequence[int]], None],
     ) -> None:
         self._words = words
         self._lane = lane
         self._cores = tuple(cores)
         self._lock = lock
-        self._place = place
+        self._set_threads, self._tie = set_threads, tie
         self._held = 0  # what our word in shared memory says
         self._applied = 0  # where the threads are: stays when the lane goes idle
         self._target = -1
         self._settled = False
+        self._tied = False
+        self._rested_since = -math.inf  # when the lane had its last step
 
     def boundary(self) -> tuple[int, int] | None:
         """Follow the target. Costs a fraction of a microsecond when there is nothing to do. Returns the
@@ -81,8 +85,10 @@ class Share:
 
     def take(self) -> None:
         """Before a step: follow the target, and wait until there is at least one core."""
+        resting = not self._held
         self.boundary()
         if self._held:
+            self._spread(resting and time.monotonic() - self._rested_since > REST)
             return
         pause, deadline = _FIRST_PAUSE, time.monotonic() + PATIENCE
         while not self._held:
@@ -98,6 +104,7 @@ class Share:
         self._held = 0
         self._settled = False
         self._words.hold(self._lane, 0)
+        self._rested_since = time.monotonic()
 
     def _follow(self) -> None:
         target = self._words.target()
@@ -142,15 +149,31 @@ class Share:
         return len(self._cores) if mine and held <= theirs else len(self._cores) - held
 
     def _apply(self, count: int) -> None:
-        """Move every thread of this process to the lane's first `count` cores, and place them there."""
+        """Move every thread of this process to the lane's first `count` cores, and use as many threads."""
         if count in (0, self._applied):
             return
         self._applied = count
+        self._move(count)
+        self._set_threads(count)
+
+    def _move(self, count: int) -> None:
         cores = self._cores[-count:] if self._lane else self._cores[:count]
         for thread in thread_ids():
             with contextlib.suppress(OSError):  # a thread that ended, or a core that was taken from us
                 os.sched_setaffinity(thread, cores)
-        self._place(cores[::-1] if self._lane else cores)
+        self._tied = False
+
+    def _spread(self, rested: bool) -> None:
+        """The threads of a team that slept are all woken on the core of the one that wakes them, sleep at
+        every barrier and are woken there again: a first step ran on one core of two from end to end, in 1.5
+        times the time. So they are tied apart for this step. Afterwards they stay apart, and are free to go
+        out of the way of others."""
+        if rested and self._held > 1:
+            first = self._cores[-self._held :][::-1] if self._lane else self._cores[: self._held]
+            self._tie(first)
+            self._tied = True
+        elif self._tied:
+            self._move(self._held)
 
 
 def available_cores() -> tuple[int, ...]:

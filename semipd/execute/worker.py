@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from semipd.execute.shared import SharedMemory
 from semipd.execute.wire import Channel, Done, Job, cut_scores
 from semipd.model.dense import DenseModel
 from semipd.model.grammar import GrammarTokenizer
-from semipd.model.kernels import Kernels, place_threads
+from semipd.model.kernels import Kernels, tie_threads
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
     more. A failed job is answered with its error."""
     keep_freed_memory()
     shared = storage.shared
-    share = Share(shared.words, lane, storage.cores, shared.descriptor, _placing(storage.model.kernels))
+    tie = partial(_tie, storage.model.kernels)
+    share = Share(shared.words, lane, storage.cores, shared.descriptor, torch.set_num_threads, tie)
     folder, grammar = storage.folder, storage.grammar
     runner = Runner(storage.model, shared.table, storage.pool, folder=folder, grammar=grammar)
     with torch.inference_mode():
@@ -59,15 +61,9 @@ def work(lane: int, jobs: Channel[Job], storage: Storage) -> None:
                 jobs.send(answer)
 
 
-def _placing(kernels: Kernels | None) -> Callable[[Sequence[int]], None]:
-    """What puts as many threads on cores as there are, one on each where there are compiled kernels."""
-
-    def place(cores: Sequence[int]) -> None:
-        torch.set_num_threads(len(cores))
-        if kernels is not None:
-            place_threads(kernels, cores)
-
-    return place
+def _tie(kernels: Kernels | None, cores: Sequence[int]) -> None:
+    if kernels is not None:
+        tie_threads(kernels, cores)
 
 
 def _outdated(jobs: Channel[Job], storage: Storage) -> bool:

@@ -62,10 +62,10 @@ def load_kernels(most: int = AMX) -> Kernels | None:
     return Kernels(library, min(most, library.semipd_level()))
 
 
-def place_threads(kernels: Kernels, cores: Sequence[int]) -> None:
+def tie_threads(kernels: Kernels, cores: Sequence[int]) -> None:
     """Tie one thread of this thread's team, as large as there are cores, to each; this one to the first."""
     numbers = np.array(cores, np.int32)
-    kernels.library.semipd_place(numbers.ctypes.data, len(numbers))
+    kernels.library.semipd_tie(numbers.ctypes.data, len(numbers))
 
 
 def _is_older(library: Path, sources: Path) -> bool:
@@ -81,8 +81,8 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(path))
     library.semipd_level.restype = ctypes.c_int
-    library.semipd_place.argtypes = [_POINTER, _LONG]
-    library.semipd_place.restype = None
+    library.semipd_tie.argtypes = [_POINTER, _LONG]
+    library.semipd_tie.restype = None
     library.semipd_decode_attention.argtypes = [_POINTER] * 4
     library.semipd_decode_attention.restype = None
     library.semipd_prefill_attention.argtypes = [_POINTER] * 4

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,14 @@ class Pair:
         self.where: tuple[int, ...] = ()
         self.threads = [0, 0]
         monkeypatch.setattr(os, "sched_setaffinity", self._move)
-        self.prefill, self.decode = (
-            Share(memory.words, lane, range(UNITS), memory.descriptor, self._count(lane)) for lane in (0, 1)
-        )
+        self.tied: list[list[int]] = []
+        self.prefill, self.decode = (self._share(memory, lane) for lane in (0, 1))
+
+    def _share(self, memory: SharedMemory, lane: int) -> Share:
+        def tie(cores: Sequence[int]) -> None:
+            self.tied.append([*cores])
+
+        return Share(memory.words, lane, range(UNITS), memory.descriptor, self._count(lane), tie)
 
     def split(self, prefill: int, decode: int) -> None:
         self.words.set_target(Split.pair(prefill, decode, UNITS))
@@ -50,7 +55,7 @@ class Pair:
         self.where = tuple(where)
 
     def _count(self, lane: int):  # type: ignore[no-untyped-def]
-        return lambda cores: self.threads.__setitem__(lane, len(cores))
+        return lambda count: self.threads.__setitem__(lane, count)
 
 
 @pytest.fixture
@@ -67,16 +72,32 @@ def test_prefill_takes_the_low_end_and_decode_the_high_end(pair: Pair) -> None:
     assert pair.held == (3, 5) and pair.threads == [3, 5]
 
 
-def test_the_main_thread_is_placed_where_its_lane_stays_longest(
-    memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
+def test_threads_are_tied_apart_for_the_first_step_after_a_rest(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes first among the cores, and a lane shrinks towards its own end: the thread need not move."""
-    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, where: None)
-    placed: list[int] = []
-    memory.words.set_target(Split.pair(3, 5, UNITS))
-    for lane in (0, 1):
-        Share(memory.words, lane, range(UNITS), memory.descriptor, placed.extend).take()
-    assert placed == [0, 1, 2, 7, 6, 5, 4, 3]
+    """The main thread is tied to the core that its lane keeps longest. One core needs no tie."""
+    clock = [100.0]
+    monkeypatch.setattr(cores.time, "monotonic", lambda: clock[0])
+    pair.split(3, 5)
+    for share in (pair.prefill, pair.decode):
+        share.give_back()
+    clock[0] += 2.0 * cores.REST
+    pair.prefill.take()
+    pair.decode.take()
+    assert pair.tied == [[0, 1, 2], [7, 6, 5, 4, 3]]
+    pair.where = ()
+    pair.prefill.take()
+    assert pair.where == (0, 1, 2)  # free again: the step after it
+    pair.where = ()
+    pair.prefill.give_back()
+    clock[0] += 0.5 * cores.REST
+    pair.prefill.take()
+    assert len(pair.tied) == 2 and pair.where == ()
+    pair.split(1, 5)
+    pair.prefill.give_back()
+    clock[0] += 2.0 * cores.REST
+    pair.prefill.take()
+    assert len(pair.tied) == 2
 
 
 def test_a_lane_grows_only_after_the_other_shrank(pair: Pair) -> None:
@@ -148,11 +169,13 @@ def test_a_lane_that_never_yields_delays_the_other_but_does_not_stop_it(
     assert pair.held == (4, 4)
 
 
-def test_an_unchanged_share_is_not_applied_again(pair: Pair) -> None:
+def test_an_unchanged_share_is_not_applied_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step between two others costs no system calls for affinity."""
+    monkeypatch.setattr(cores, "REST", 1000.0)
     pair.split(4, 4)
-    pair.decode.take()
-    pair.decode.give_back()
+    for _ in range(2):
+        pair.decode.take()
+        pair.decode.give_back()
     pair.where = ()
     pair.decode.take()
     assert pair.held == (0, 4) and pair.where == ()
@@ -236,7 +259,7 @@ def rest():
     share.give_back()
 
 os.sched_setaffinity = move
-share = cores.Share(memory.words, lane, range(units), descriptor, lambda cores: None)
+share = cores.Share(memory.words, lane, range(units), descriptor, lambda count: None, lambda cores: None)
 end = time.monotonic() + 1.0
 steps = 0
 while time.monotonic() < end:

@@ -17,7 +17,7 @@ import pytest
 from semipd.core.errors import ConfigError
 from semipd.core.ports import Executor, ExecutorLost
 from semipd.core.types import Lane, Sampling, Slice, Split
-from semipd.execute.cores import available_cores
+from semipd.execute.cores import REST, available_cores
 from semipd.execute.cpu import CpuExecutor
 from semipd.execute.launch import environment
 from semipd.execute.wire import cut_scores
@@ -147,12 +147,14 @@ class TestCores:
 
 
 @pytest.mark.skipif(load_kernels() is None, reason="the kernels were not built")
-def test_every_thread_of_a_lane_has_a_core_of_its_own(lasting: CpuExecutor) -> None:
-    """Those that share all cores of their lane are woken on one."""
+def test_after_a_rest_every_thread_of_a_lane_has_a_core_of_its_own(lasting: CpuExecutor) -> None:
+    """Those that may go anywhere in their lane are woken on one."""
     cores, driver = available_cores(), Driver(lasting, 4)
     driver.open(0, PROMPT)
     for lane in (Lane.PREFILL, Lane.DECODE):
         lasting.resize(Split.lone(lane, UNITS))
+        driver.run(lane, Slice(0, 0, 13))
+        time.sleep(2.0 * REST)
         driver.run(lane, Slice(0, 0, 13))
         threads = Path(f"/proc/{pid_of(lasting, lane.value)}/task").iterdir()
         where = [os.sched_getaffinity(int(thread.name)) for thread in threads]
