@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,22 @@ from semipd.model.grammar_text import GrammarError
 log = logging.getLogger("semipd")
 
 _GRAMMARS = 32  # compiled ones that are kept
+# A mask takes 0.1 ms, a hard one 10, and everybody in the batch waits for it. A text whose masks take more
+# processor time than this many seconds each, and as many besides, does not go on.
+SLOW, ALLOWED = 0.02, 1.0
 
 
 @dataclass
 class _Known:
-    """Of one slot. opening: which of its openings this belongs to. allowed: a mask, before the rest."""
+    """Of one slot. opening: which of its openings this belongs to. allowed: a mask, before the rest.
+    seconds: what `masks` masks took."""
 
     opening: int
     constraint: Constraint
     allowed: np.ndarray
     follower: Follower | None
+    seconds: float = 0.0
+    masks: int = 0
 
 
 class Constraints:
@@ -63,9 +70,7 @@ class Constraints:
         output = table.tokens[slot, table.prompt_length[slot] : position]
         allowed = known.allowed.copy()
         if known.constraint.grammar:
-            if known.follower is None:
-                return np.zeros_like(allowed)
-            allowed &= known.follower.mask(output)
+            allowed &= self._follow(known, output)
         for *before, last in known.constraint.bad_words:
             if before == output[len(output) - len(before) :].tolist():
                 allowed[last // WORD] &= ~np.uint32(1 << last % WORD)
@@ -75,6 +80,25 @@ class Constraints:
         """The same as bool [vocabulary]."""
         bits = np.unpackbits(self.words(slot, position).view(np.uint8), bitorder="little")
         return bits[: self._vocabulary].view(np.bool_)
+
+    def _follow(self, known: _Known, output: np.ndarray) -> np.ndarray:
+        """What the grammar allows after this output; none where it cannot be followed any more."""
+        if known.follower is None:
+            return np.zeros_like(known.allowed)
+        started = time.thread_time()
+        mask = known.follower.mask(output)
+        if known.follower.lost and known.follower.spoiled():
+            compiled = self._compiled.get(known.constraint.grammar)
+            if compiled is not None and compiled.spoiled():
+                del self._compiled[known.constraint.grammar]
+            known.follower = self._follower(known.constraint)
+            mask = known.follower.mask(output)
+        known.seconds += time.thread_time() - started
+        known.masks += 1
+        if known.seconds > ALLOWED + SLOW * known.masks:
+            log.warning("a grammar took %.1f s for %d tokens: its request ends", known.seconds, known.masks)
+            known.follower = None
+        return mask
 
     def _open(self, slot: int) -> _Known:
         constraint = self._table.constraint_of(slot)

@@ -86,6 +86,19 @@ class Follower:
             words[token // WORD] = words[token // WORD] | bit if complete else words[token // WORD] & ~bit
         return words[:size]
 
+    @property
+    def lost(self) -> bool:
+        """Whether this text is not followed any more."""
+        return self._raw.is_error()
+
+    def spoiled(self) -> bool:
+        """Whether no copy can be followed any more: what they learn of the grammar they share, and that has
+        a bound. A new follower of the same grammar starts over."""
+        raw = self._start.deep_copy()
+        if not raw.is_error():
+            raw.compute_bitmask()
+        return raw.is_error()
+
     def _spell(self, words: np.ndarray) -> None:
         """Where only one text can follow and it spells a tag, llguidance lets only the tag's own token
         through, which it then does not take for that text: the tag is spelled instead."""

@@ -16,16 +16,16 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 from semipd.core.errors import Overloaded
 from semipd.model.grammar_text import GrammarError
-from semipd.serve.grammar_process import SECONDS, WHY
+from semipd.serve.grammar_process import Bounds
 
 REMEMBERED = 256  # grammars, and what was wrong with others
 REMEMBERED_BYTES = 2**24
 AT_ONCE = 2  # that are tried out
-MAX_WAITING = 64  # requests of one server that wait for it
+MAX_WAITING = 128  # requests of one server that wait for it
 Result = TypeVar("Result")
 _GRACE = 5.0  # seconds in which the process does what it does by itself
 _TRIES = 2
@@ -33,10 +33,17 @@ _TRIES = 2
 # hiding a module.
 _PROGRAM = """
 import sys
-sys.path[:] = sys.argv[2:]
-from semipd.serve.grammar_process import main
-main(int(sys.argv[1]))
+sys.path[:] = sys.argv[5:]
+from semipd.serve.grammar_process import Bounds, main
+main(int(sys.argv[1]), Bounds(float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])))
 """
+
+
+class Verdict(NamedTuple):
+    """error: why there is no grammar."""
+
+    grammar: str = ""
+    error: str = ""
 
 
 class Unchecked(Exception):
@@ -47,11 +54,12 @@ class GrammarCheck:
     """Tries out grammars. Safe to use from several threads. The process is started with the first grammar,
     again when it has died, and ends with this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: Bounds = Bounds()) -> None:
+        self._bounds = bounds
         self._lock = threading.Lock()
         self._places = threading.Semaphore(AT_ONCE)
         self._helper: _Helper | None = None
-        self._known: OrderedDict[bytes, str | GrammarError] = OrderedDict()
+        self._known: OrderedDict[bytes, Verdict] = OrderedDict()
         self._bytes = 0
 
     def of(self, order: Mapping[str, str], wait: bool = True) -> str:
@@ -66,9 +74,9 @@ class GrammarCheck:
         if known is None:
             with self._places:
                 known = self._recall(name) or self._try_out(name, data)
-        if isinstance(known, GrammarError):
-            raise known
-        return known
+        if known.error:
+            raise GrammarError(known.error)
+        return known.grammar
 
     def close(self) -> None:
         """End the process. Idempotent; the next grammar starts another."""
@@ -77,41 +85,50 @@ class GrammarCheck:
         if helper is not None:
             helper.close()
 
-    def _recall(self, name: bytes) -> str | GrammarError | None:
+    def _recall(self, name: bytes) -> Verdict | None:
         with self._lock:
             known = self._known.get(name)
             if known is not None:
                 self._known.move_to_end(name)
             return known
 
-    def _try_out(self, name: bytes, order: bytes) -> str | GrammarError:
+    def _try_out(self, name: bytes, order: bytes) -> Verdict:
         for _ in range(_TRIES):
-            helper = self._running()
+            try:
+                helper = self._running()
+            except OSError:  # processes or memory are scarce
+                break
             lines = helper.ask(order)
             end = json.loads(lines[-1]) if lines else {}
             if "code" not in end or end["code"] == -signal.SIGKILL:
                 self._forget(helper)
                 continue
-            verdict = _verdict(lines[:-1], end["code"])
+            verdict = self._verdict(lines[:-1], end["code"])
             if end["code"] != -signal.SIGALRM:  # which says more of the machine than of the grammar
                 self._keep(name, verdict)
             return verdict
         raise Overloaded("no grammar can be tried out at the moment")
 
-    def _keep(self, name: bytes, verdict: str | GrammarError) -> None:
+    def _verdict(self, lines: list[bytes], code: int) -> Verdict:
+        """code: of the child's end."""
+        if code or not lines:
+            return Verdict(error=self._bounds.why(code))
+        return Verdict(**json.loads(lines[0]))
+
+    def _keep(self, name: bytes, verdict: Verdict) -> None:
         with self._lock:
             if name in self._known:
                 return
             self._known[name] = verdict
-            self._bytes += len(str(verdict))
+            self._bytes += len(verdict.grammar)
             while len(self._known) > REMEMBERED or self._bytes > REMEMBERED_BYTES:
                 _, old = self._known.popitem(last=False)
-                self._bytes -= len(str(old))
+                self._bytes -= len(old.grammar)
 
     def _running(self) -> _Helper:
         with self._lock:
             if self._helper is None:
-                self._helper = _Helper()
+                self._helper = _Helper(self._bounds)
             return self._helper
 
     def _forget(self, helper: _Helper) -> None:
@@ -147,25 +164,30 @@ class WaitingRoom:
 class _Helper:
     """The process as whoever asks it sees it."""
 
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                process_group=0,
-            )
+    def __init__(self, bounds: Bounds) -> None:
+        numbers = [str(value) for value in (bounds.cpu_seconds, bounds.seconds, bounds.memory)]
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(ours.close)
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), *numbers, *sys.path],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    process_group=0,
+                )
+            undo.pop_all()
         ours.settimeout(_GRACE)
         self._orders = ours
+        self._patience = bounds.seconds + _GRACE
         self._end = weakref.finalize(self, _end, process, ours)
 
     def ask(self, order: bytes) -> list[bytes]:
         """The lines of its answer; none if it is gone."""
         ours, theirs = socket.socketpair()
         with ours, contextlib.suppress(OSError):
-            ours.settimeout(SECONDS + _GRACE)
+            ours.settimeout(self._patience)
             with theirs:
                 socket.send_fds(self._orders, [b"."], [theirs.fileno()])
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -186,11 +208,3 @@ def _end(process: subprocess.Popen[bytes], orders: socket.socket) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _verdict(lines: list[bytes], code: int) -> str | GrammarError:
-    """code: of the child's end."""
-    if code == 0 and lines:
-        verdict: dict[str, Any] = json.loads(lines[0])
-        return verdict["grammar"] if "grammar" in verdict else GrammarError(verdict["error"])
-    return GrammarError(WHY.get(code, f"its compilation ended with {code}"))

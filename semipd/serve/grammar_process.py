@@ -16,7 +16,6 @@ import resource
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,23 +25,40 @@ import setproctitle
 from semipd.lifetime import die_with_parent
 from semipd.model.grammar_text import GrammarError, Probe, grammar_of_lark, grammar_of_schema
 
-CPU_SECONDS = 0.5  # the largest ordinary ones, of 64 KiB, take less than 0.1
-SECONDS = 10.0  # on a machine that has no processor time for it
-MEMORY = 256 * 2**20  # beyond what this process has; ordinary ones take less than 20 MB
-BRISK_SECONDS = 0.05  # who takes longer gives way to everybody else
-NICE = 10
+_BRISK_SECONDS = 0.05  # who takes longer gives way to everybody else
+_NICE = 10
 _NO_MEMORY = 3  # exit code
-_MUCH_MEMORY = f"it takes more than {MEMORY // 2**20} MiB of memory to compile"
-_TOO_DEEP = "it is nested too deeply to compile"
-# What is wrong with a grammar, by how the child ended.
-WHY = {
-    -signal.SIGPROF: f"it takes more than {CPU_SECONDS:g} s of processor time to compile",
-    -signal.SIGALRM: f"it did not compile within {SECONDS:g} s, on a machine that is busy",
-    -signal.SIGABRT: _MUCH_MEMORY,
-    _NO_MEMORY: _MUCH_MEMORY,
-    -signal.SIGSEGV: _TOO_DEEP,
-    -signal.SIGBUS: _TOO_DEEP,
-}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of one grammar. cpu_seconds: the largest ordinary ones, of 64 KiB, take less than 0.1. seconds: on a
+    machine that has no processor time for it. memory: bytes; ordinary ones take less than 20 MiB."""
+
+    cpu_seconds: float = 0.5
+    seconds: float = 10.0
+    memory: int = 256 * 2**20
+
+    def why(self, code: int) -> str:
+        """What is wrong with a grammar, by the exit code of the child that tried it out."""
+        memory = f"it takes more than {self.memory // 2**20} MiB of memory to compile"
+        known = {
+            -signal.SIGPROF: f"it takes more than {self.cpu_seconds:g} s of processor time to compile",
+            -signal.SIGALRM: f"it did not compile within {self.seconds:g} s, on a machine that is busy",
+            -signal.SIGABRT: memory,
+            _NO_MEMORY: memory,
+            -signal.SIGSEGV: "it is nested too deeply to compile",
+        }
+        return known.get(code, f"its compilation ended with code {code}")
+
+    def set(self) -> None:
+        """Let the kernel end this process beyond them."""
+        with open("/proc/self/statm", encoding="ascii") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + self.memory, size + self.memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
 
 def answer(order: Mapping[str, str], probe: Probe) -> dict[str, str]:
@@ -72,8 +88,9 @@ class _Child:
 class Helper:
     """orders: where every message is a descriptor; its end is this process's."""
 
-    def __init__(self, orders: socket.socket) -> None:
+    def __init__(self, orders: socket.socket, bounds: Bounds) -> None:
         self._orders = orders
+        self._bounds = bounds
         self._probe = Probe()
         self._children: dict[int, _Child] = {}
 
@@ -123,7 +140,7 @@ class Helper:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library's last words
             with socket.socket(fileno=descriptor) as asker, asker.makefile("rwb") as stream:
                 order = json.loads(stream.read())
-                _limit()
+                self._bounds.set()
                 stream.write(json.dumps(answer(order, self._probe)).encode() + b"\n")
             code = 0
         except MemoryError:
@@ -146,34 +163,20 @@ class Helper:
     def _patience(self) -> float | None:
         """Milliseconds until a child is to be slowed down."""
         times = [child.started for child in self._children.values() if child.brisk]
-        return max(min(times) + BRISK_SECONDS - time.monotonic(), 0.0) * 1000 + 1 if times else None
+        return max(min(times) + _BRISK_SECONDS - time.monotonic(), 0.0) * 1000 + 1 if times else None
 
     def _slow_down(self) -> None:
         now = time.monotonic()
         for pid, child in self._children.items():
-            if child.brisk and now > child.started + BRISK_SECONDS:
+            if child.brisk and now > child.started + _BRISK_SECONDS:
                 child.brisk = False
-                os.setpriority(os.PRIO_PROCESS, pid, NICE)
+                os.setpriority(os.PRIO_PROCESS, pid, _NICE)
 
 
-def _limit() -> None:
-    """Set the bounds of this process: the kernel ends it beyond."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        size = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-
-
-def main(descriptor: int) -> None:
+def main(descriptor: int, bounds: Bounds) -> None:
     """Try out what is asked for at the socket with this descriptor until it closes."""
     for ending in (signal.SIGINT, signal.SIGTERM):  # the server decides
         signal.signal(ending, signal.SIG_IGN)
     setproctitle.setproctitle("semipd-grammar")
     with socket.socket(fileno=descriptor) as orders:
-        Helper(orders).serve()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+        Helper(orders, bounds).serve()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from semipd.core.errors import Refused
-from semipd.serve.constraint import MAX_SCHEMA_BYTES, ConstraintMaker
+from semipd.serve.constraint import MAX_SCHEMA_BYTES, ConstraintMaker, Lark
 from semipd.serve.model_folder import ModelFolder, read_model_folder
 from semipd.serve.params import SamplingParams
 from semipd.serve.tokenizer import Tokenizer
@@ -36,8 +37,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 @pytest.fixture(scope="module")
-def maker(model: ModelFolder) -> ConstraintMaker:
-    return ConstraintMaker(model, Tokenizer(model.path))
+def maker(model: ModelFolder) -> Iterator[ConstraintMaker]:
+    maker = ConstraintMaker(model, Tokenizer(model.path))
+    yield maker
+    maker.close()
 
 
 def refusal(maker: ConstraintMaker, **fields: Any) -> Refused:
@@ -102,6 +105,8 @@ def test_a_format_that_cannot_be_followed_is_refused(
             "type": "object",
             "properties": {f"property {index}": {"type": "string"} for index in range(1500)},
         },
+        {"type": "string", "pattern": "a?" * 2049},
+        {"type": "object", "patternProperties": {"a?" * 2049: {}}},
         {"type": "string", "minLength": 1000, "pattern": "^[a-z]{1,200}([0-9]{1,200}[a-z]{1,200}){1,200}$"},
     ],
 )
@@ -110,6 +115,14 @@ def test_what_would_take_for_ever_is_refused_at_once(maker: ConstraintMaker, sch
     before = time.thread_time()
     assert refusal(maker, response_format=form(schema)).param == "response_format"
     assert time.thread_time() - before < 5.0
+
+
+def test_a_grammar_that_no_slot_has_room_for_is_refused(maker: ConstraintMaker) -> None:
+    """Its text doubles when it becomes JSON; the planner had no words for it."""
+    text = f"start: {json.dumps(chr(92) * 32_000)}"
+    assert len(text) < MAX_SCHEMA_BYTES
+    with pytest.raises(Refused, match="bytes; at most 131072"):
+        maker.of(SamplingParams(), Lark(text, text, "tools"))
 
 
 def test_a_schema_does_not_change_how_it_is_read(maker: ConstraintMaker) -> None:
