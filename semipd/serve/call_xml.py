@@ -131,8 +131,18 @@ class XmlBlock:
 
 def types_of(schema: Any, root: Schema) -> frozenset[str]:
     """The JSON types of the values that a parameter's schema allows; where it says nothing, text. root: of
-    all arguments, where references lead."""
-    return _types(schema, root, _REFERENCES) or TEXT
+    all arguments, where references lead, also to and fro: each part is looked at once."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    rest = [schema]
+    while rest:
+        part = resolved(rest.pop(), root)
+        if id(part) not in seen:
+            seen.add(id(part))
+            types, parts = _types(part)
+            found |= types
+            rest += parts
+    return frozenset(found) or TEXT
 
 
 def resolved(schema: Any, root: Schema) -> Schema:
@@ -146,22 +156,16 @@ def resolved(schema: Any, root: Schema) -> Schema:
     return {}
 
 
-def _types(schema: Any, root: Schema, depth: int) -> frozenset[str]:
-    schema = resolved(schema, root)
-    if not depth:
-        return frozenset()
+def _types(schema: Schema) -> tuple[set[str], list[Any]]:
+    """Those that it names, and the parts that may name others."""
     if isinstance(named := schema.get("type"), (str, list)):
         names = {named} if isinstance(named, str) else {name for name in named if isinstance(name, str)}
-        return frozenset(names | ({"integer"} if "number" in names else set()))
+        return names | ({"integer"} if "number" in names else set()), []
     values = schema.get("enum") if "const" not in schema else [schema["const"]]
     if isinstance(values, list):
-        return frozenset(name for value in values for name in _TYPES.get(type(value), ()))
-    found: frozenset[str] = frozenset()
-    for word in ("anyOf", "oneOf", "allOf"):
-        parts = schema.get(word)
-        for part in parts if isinstance(parts, list) else ():
-            found |= _types(part, root, depth - 1)
-    return found
+        return {name for value in values for name in _TYPES.get(type(value), ())}, []
+    several = (schema.get(word) for word in ("anyOf", "oneOf", "allOf"))
+    return set(), [part for parts in several if isinstance(parts, list) for part in parts]
 
 
 def _referred(reference: str, root: Schema) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from semipd.core.errors import Refused
 from semipd.serve.call_xml import CLOSE, Schema, resolved, types_of
+from semipd.serve.constraint import MAX_SCHEMA_BYTES
 
 _CLOSED = r"\n<\/parameter>"
 _ONCE = r"~/(?s:.*)<\/parameter>(?s:.+)/"  # the tag is not in the value
@@ -48,11 +49,22 @@ def arguments_grammar(rule: str, schema: Schema, json_of: Callable[[Mapping[str,
         if re.search(r"[<>\n]", key):
             raise Refused(f"tools: {key[:40]!r} cannot name a parameter in this model's calls", "tools")
         name = f"{rule}p{place}"
-        values = list(_values(f"{name}v", part, schema, json_of))
+        values = _bounded(_values(f"{name}v", part, schema, json_of))
         ways = " | ".join(way for way, _ in values)
         rules.append(f"{name}: {_literal(f'<parameter={key}>{chr(10)}')} ({ways}) {_literal(chr(10))}\n")
         rules += [text for _, text in values]
     return "".join(rules)
+
+
+def _bounded(values: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
+    """All of them; there may be any number, where choices refer to choices."""
+    some, size = [], 0
+    for value in values:
+        some.append(value)
+        size += sum(map(len, value))
+        if size > MAX_SCHEMA_BYTES:
+            raise Refused(f"tools: a grammar of more than {MAX_SCHEMA_BYTES} bytes", "tools")
+    return some
 
 
 def _values(
@@ -61,7 +73,9 @@ def _values(
     """(what to write for it, its rules) for each way to write a parameter's value and the tag behind it."""
     part = resolved(part, root)
     choices = part.get("anyOf") or part.get("oneOf")
-    if isinstance(choices, list) and choices and depth:
+    if isinstance(choices, list) and choices:
+        if not depth:
+            raise Refused("tools: choices of choices in a parameter's schema, too deep to follow", "tools")
         for place, choice in enumerate(choices):
             yield from _values(f"{rule}{place}x", choice, root, json_of, depth - 1)
         return

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from semipd.core.errors import Refused
 from semipd.serve.call_grammar import CallGrammar, answer_grammar, behind_reasoning, schemas_of
 from semipd.serve.call_parts import joined
+from semipd.serve.call_xml import types_of
 from semipd.serve.calls import FORMATS, CallFinder
 from semipd.serve.tokenizer import Tokenizer
 from tests.serve.fakes import make_folder, make_tokenizer
@@ -214,6 +215,28 @@ def test_what_tags_cannot_follow_is_refused(part: dict[str, Any]) -> None:
     for schema in ({"anyOf": [{}]}, {"properties": {"a>": {}}}):
         with pytest.raises(Refused):
             CallGrammar(FORMATS["qwen3_coder"], {}).required({"f": schema}, True)
+
+
+def test_choices_that_refer_to_each_other_end() -> None:
+    """There are 40 to the 16 ways from one to the next: whoever walks them all does so for ever."""
+    defined = {
+        f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{(i + k) % 40}"} for k in range(40)]} for i in range(40)
+    }
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"x": {"$ref": "#/$defs/d0"}},
+        "$defs": defined,
+    }
+    assert types_of(schema["properties"]["x"], schema) == {"string"}
+    defined["d39"] = {"type": "boolean"}
+    assert types_of(schema["properties"]["x"], schema) == {"boolean"}
+    with pytest.raises(Refused, match="too deep"):
+        CallGrammar(FORMATS["qwen3_coder"], {}).required({"f": schema}, True)
+    for i in range(5):
+        defined[f"d{i}"] = {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 40}
+    defined["d5"] = {"type": "boolean"}
+    with pytest.raises(Refused, match="65536 bytes"):
+        CallGrammar(FORMATS["qwen3_coder"], {}).required({"f": schema}, True)
 
 
 def test_free_text_with_strict_calls_in_other_forms(tokenizer: Any) -> None:
