@@ -10,7 +10,10 @@ late: steps that the worker had to wait for, since they were sent after the one 
 
 Medians, but for the planner's time, which is a mean.
 
-    python -m benchmarks.host_part [--shape 0.5b] [--batch 8] [--context 512] [--steps 150] [--out FILE]
+    python -m benchmarks.host_part [--shape 0.5b] [--batch 8] [--context 512] [--steps 150] [--sampled]
+        [--policy chunked] [--out FILE]
+
+sampled: tokens are drawn, as many models want it; that is inside, though most of it is in C, too.
 """
 
 from __future__ import annotations
@@ -115,7 +118,12 @@ def measure_engine(folder: Path, options: argparse.Namespace) -> dict[str, float
             prompt = [index + 1] * options.context
             engine.add(
                 Request(
-                    str(index), prompt, options.steps, Sampling(), arrival=engine.clock.now(), salt=None
+                    str(index),
+                    prompt,
+                    options.steps,
+                    sampling(index, options),
+                    arrival=engine.clock.now(),
+                    salt=None,
                 )
             )
         while not engine.idle:
@@ -123,6 +131,10 @@ def measure_engine(folder: Path, options: argparse.Namespace) -> dict[str, float
     finally:
         engine.executor.close()
     return watch.told()
+
+
+def sampling(seed: int, options: argparse.Namespace) -> Sampling:
+    return Sampling(temperature=0.7, top_p=0.8, top_k=20, seed=seed) if options.sampled else Sampling()
 
 
 def measure_runner(folder: Path, options: argparse.Namespace) -> tuple[float, float]:
@@ -136,7 +148,7 @@ def measure_runner(folder: Path, options: argparse.Namespace) -> tuple[float, fl
     table = SlotTable(bytearray(SlotTable.nbytes(*shape)), *shape)
     kv = torch.zeros(model.kv_shape(options.batch * blocks, BLOCK_SIZE), dtype=model.dtype)
     for slot in range(options.batch):
-        table.open(slot, [slot + 1] * options.context, Sampling())
+        table.open(slot, [slot + 1] * options.context, sampling(slot, options))
         table.append([BlockAppend(slot, 0, tuple(range(slot * blocks, (slot + 1) * blocks)))])
     runner = Runner(model, table, kv)
     computed = time_calls(runner)
@@ -175,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--policy", default="chunked")
+    parser.add_argument("--sampled", action="store_true")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path)
@@ -189,6 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         **describe(),
         "shape": options.shape,
         "policy": options.policy,
+        "sampled": options.sampled,
         "batch": options.batch,
         "context": options.context,
         "step_ms": 1e3 * whole,

@@ -79,11 +79,22 @@ typedef struct {
 
 typedef Best FindBest(const void *row, int64_t count);
 
+/* How to choose a token of a row; see model/sampler.py. number: from [0, 1), picks one. */
+typedef struct {
+    double number;
+    float temperature, top_p, min_p;
+    int32_t top_k;
+} DrawRule;
+
+/* The token, and the largest logit. weights: room for `count` rounded up to 16. */
+typedef Best Draw(const DrawRule *rule, const float *row, int64_t count, float *weights);
+
 typedef struct { /* those in arrays for float and for bfloat16 */
     AttendPart *attend_part[2];
     NormRow *norm_row[2];
     RotateRow *rotate_row[2];
     FindBest *find_best[2];
+    Draw *draw;
     FinishPair *finish_pair[2];
     MultiplyPair *multiply_floats, *multiply_halves;
 } Kernels;

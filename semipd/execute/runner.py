@@ -109,7 +109,7 @@ class Runner:
         counts = self._table.logprobs[slots]
         asked = np.flatnonzero(counts >= 0)
         raw = logits[torch.from_numpy(asked)] if asked.size else logits[:0]  # a copy
-        tokens = sample(logits, self._rules(slots, produced))
+        tokens = sample(logits, self._rules(slots, produced), self._model.kernels)
         self._table.tokens[slots, produced] = np.maximum(tokens, 0)  # a step ahead may read NO_TOKEN's
         found = chances(raw, [max(tokens[place], 0) for place in asked], counts[asked].tolist())
         places = zip(rows[asked].tolist(), produced[asked].tolist(), found, strict=True)

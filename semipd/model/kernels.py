@@ -95,6 +95,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.semipd_angles.restype = None
     library.semipd_linear.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER]
     library.semipd_linear.restype = None
+    library.semipd_draw.argtypes = [ctypes.c_int, _POINTER, _LONG, _LONG, _POINTER, _LONG, *[_POINTER] * 3]
+    library.semipd_draw.restype = None
     library.semipd_step.argtypes = [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, ctypes.c_uint64]
     library.semipd_step.restype = _LONG
     return library

@@ -15,9 +15,13 @@ import numpy as np
 import torch
 
 from semipd.core.types import NO_TOKEN
+from semipd.model.kernels import LANES, Kernels
 
 _MASK = 2**64 - 1
 _HEAD = np.float32(1e-5)  # weights from here up (the best has 1) are searched first for a cut
+_RULE = np.dtype(
+    [("number", "f8"), ("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4"), ("top_k", "i4")]
+)  # `DrawRule` of csrc/kernels.h
 _BLOCK = 256  # entries whose weights are summed together, so that a draw scans the vocabulary only once
 
 
@@ -58,9 +62,10 @@ class SamplingRows:
     masks: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
-def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
+def sample(logits: torch.Tensor, rows: SamplingRows, kernels: Kernels | None = None) -> list[int]:
     """One token per row of logits, float32 [n, vocabulary], which is overwritten where a rule changes it.
-    NO_TOKEN for a row whose mask leaves none.
+    NO_TOKEN for a row whose mask leaves none. With kernels, weights may differ in their last bits, and a
+    token where one of them decides.
 
     Raises FloatingPointError when a row holds NaN, or nothing finite to choose from."""
     values = logits.numpy()
@@ -71,8 +76,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
         values[row, rows.ban_tokens[row, : rows.ban_count[row]]] = -np.inf
     for row, allowed in rows.masks.items():
         np.copyto(values[row], -np.inf, where=~allowed)
-    tokens = values.argmax(axis=1)  # the first of equals; NaN counts as the largest of all
-    best = values[np.arange(len(tokens)), tokens]
+    tokens, best = _choose(values, rows) if kernels is None else draw_compiled(kernels, values, rows)
     if rows.masks:
         empty = [row for row in rows.masks if best[row] == -np.inf]
         tokens[empty], best[empty] = NO_TOKEN, 0.0
@@ -82,7 +86,14 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
             f"the logits of row {bad[0]} have no finite maximum: {float(best[bad[0]])}"
         )
     chosen: list[int] = tokens.tolist()
-    for row in np.flatnonzero((rows.temperature > 0) & (tokens != NO_TOKEN)).tolist():
+    return chosen
+
+
+def _choose(values: np.ndarray, rows: SamplingRows) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, int64 [n], and the largest value of each row; rows whose largest is not finite get any."""
+    tokens = values.argmax(axis=1)  # the first of equals; NaN counts as the largest of all
+    best = values[np.arange(len(tokens)), tokens]
+    for row in np.flatnonzero((rows.temperature > 0) & np.isfinite(best)).tolist():
         weights = filtered_weights(
             values[row],
             float(rows.temperature[row]),
@@ -90,8 +101,27 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> list[int]:
             float(rows.top_p[row]),
             float(rows.min_p[row]),
         )
-        chosen[row] = draw(weights, uniform(int(rows.seed[row]), int(rows.position[row])))
-    return chosen
+        tokens[row] = draw(weights, uniform(int(rows.seed[row]), int(rows.position[row])))
+    return tokens, best
+
+
+def draw_compiled(
+    kernels: Kernels, values: np.ndarray, rows: SamplingRows
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `_choose`, a row on each thread (csrc/draw.c)."""
+    count, vocabulary = values.shape
+    rules = np.zeros(count, _RULE)
+    for name in ("temperature", "top_p", "min_p", "top_k"):
+        rules[name] = getattr(rows, name)
+    numbers = zip(rows.seed.tolist(), rows.position.tolist(), strict=True)
+    rules["number"] = [uniform(seed, position) for seed, position in numbers]
+    threads = min(torch.get_num_threads(), count)
+    scratch = np.empty((threads, -(-vocabulary // LANES) * LANES), np.float32)
+    tokens, best = np.empty(count, np.int64), np.empty(count, np.float32)
+    pointers = [array.ctypes.data for array in (scratch, tokens, best)]
+    size = values.ctypes.data, count, vocabulary
+    kernels.library.semipd_draw(kernels.level, *size, rules.ctypes.data, threads, *pointers)
+    return tokens, best
 
 
 def adjust(logits: np.ndarray, rule: Adjustment) -> None:

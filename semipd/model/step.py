@@ -172,7 +172,10 @@ class FusedStep:
 
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
         """Logits of these results of the last step, float32 [n, vocabulary]."""
-        return self._buffers["logits"][torch.tensor(rows, dtype=torch.int64)].float()
+        found = self._buffers["logits"][: self._need.sampled]
+        if len(rows) < len(found):
+            found = found[torch.tensor(rows, dtype=torch.int64)]
+        return found.to(torch.float32, copy=True)
 
     def _describe(self, kernels: Kernels) -> _Model:
         parts, spec = self._parts, self._parts.spec

@@ -20,7 +20,7 @@ class Recorder:
 
     def __init__(self, model: DenseModel) -> None:
         self.model = model
-        self.spec = model.spec
+        self.spec, self.kernels = model.spec, model.kernels
         self.logits = torch.empty(0)
 
     def forward(self, inputs: StepInputs, kv: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
