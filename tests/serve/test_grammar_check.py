@@ -27,6 +27,7 @@ from tests.serve.fakes import LiveFake, eventually, make_folder
 from tests.serve.serving import Serving, serving
 
 PATIENCE = 60.0
+PLENTY = 2**36
 SMALL = {"type": "integer"}
 
 
@@ -43,10 +44,10 @@ def order(schema: Any) -> dict[str, str]:
     return {"schema": json.dumps(schema)}
 
 
-def helpers() -> list[psutil.Process]:
-    """Processes of this one, or of its children, that try out grammars."""
+def helpers() -> set[psutil.Process]:
+    """Processes below this one that try out grammars; other tests may have left some."""
     below = psutil.Process().children(recursive=True)
-    return [process for process in below if "semipd-grammar" in " ".join(_line(process))]
+    return {process for process in below if "semipd-grammar" in " ".join(_line(process))}
 
 
 def _line(process: psutil.Process) -> list[str]:
@@ -64,9 +65,10 @@ def check() -> Iterator[GrammarCheck]:
 
 
 def test_a_grammar_is_tried_out_once(check: GrammarCheck) -> None:
+    before = helpers()
     with pytest.raises(Unchecked):
         check.of(order(SMALL), wait=False)
-    assert helpers() == []
+    assert helpers() <= before
     grammar = check.of(order(SMALL))
     assert grammar == check.of(order(SMALL), wait=False) and "integer" in grammar
     with pytest.raises(GrammarError, match="nothing such"):
@@ -78,35 +80,37 @@ def test_a_grammar_is_tried_out_once(check: GrammarCheck) -> None:
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        (Bounds(), r"more than 0\.5 s of processor time"),
-        (Bounds(cpu_seconds=60.0, seconds=0.5), "within 0.5 s"),
-        (Bounds(cpu_seconds=60.0, seconds=PATIENCE, memory=64 * 2**20), "more than 64 MiB of memory"),
+        (Bounds(0.5, PATIENCE, PLENTY), r"more than 0\.5 s of processor time"),
+        (Bounds(PATIENCE, 1.5, PLENTY), r"within 1\.5 s"),
+        (Bounds(PATIENCE, PATIENCE, 64 * 2**20), "more than 64 MiB of memory"),
     ],
     ids=["processor", "time", "memory"],
 )
 def test_what_exceeds_a_bound_is_refused_by_its_name(bounds: Bounds, message: str) -> None:
     """This schema has 3 kB and would take gigabytes and years."""
-    check = GrammarCheck(bounds)
+    check, before = GrammarCheck(bounds), helpers()
     try:
         with pytest.raises(GrammarError, match=message):
             check.of(order(chain(60)))
         assert check.of(order(SMALL))
     finally:
         check.close()
-    assert helpers() == []
+    assert helpers() <= before
 
 
 def test_the_process_is_started_again_when_it_died(check: GrammarCheck) -> None:
+    before = helpers()
     check.of(order(SMALL))
-    (helper,) = helpers()
+    (helper,) = helpers() - before
     helper.kill()
     assert check.of(order({"type": "number"}))
-    assert [other.pid for other in helpers()] != [helper.pid]
+    assert helper not in helpers() and len(helpers() - before) == 1
 
 
 def test_a_grammar_whose_process_dies_is_tried_out_again(check: GrammarCheck) -> None:
+    before = helpers()
     check.of(order(SMALL))
-    (helper,) = helpers()
+    (helper,) = helpers() - before
     with ThreadPoolExecutor(1) as pool:
         helper.suspend()
         waiting = pool.submit(check.of, order({"type": "boolean"}))
@@ -175,7 +179,7 @@ def test_others_go_on_while_hostile_grammars_are_tried_out(server: Serving) -> N
         for answer in (waiting.result(PATIENCE) for waiting in refused):
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == "response_format"
-            assert "processor time" in answer.json()["error"]["message"]
+            assert "compile" in answer.json()["error"]["message"]  # by the processor's time, or the wall's
 
 
 def test_only_so_many_wait_for_new_grammars() -> None:
