@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -164,10 +164,8 @@ def check_schema(schema: Any, param: str) -> None:
         for value in level:
             if isinstance(value, Mapping):
                 multiple = math.lcm(multiple, _digits(value.get("multipleOf")))
-                longest = max(map(len, _patterns(value)), default=0)
-                if longest > MAX_PATTERN:
-                    message = f"a pattern of {longest} characters; at most {MAX_PATTERN}"
-                    raise Refused(f"{param}: this schema is not supported: {message}", param)
+                if "pattern" in value or "patternProperties" in value:
+                    _check_patterns(value, param)
                 deeper += value.values()
             elif isinstance(value, (list, tuple)):
                 deeper += value
@@ -180,11 +178,12 @@ def check_schema(schema: Any, param: str) -> None:
     raise Refused(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep", param)
 
 
-def _patterns(schema: Mapping[Any, Any]) -> Iterator[str]:
-    if isinstance(pattern := schema.get("pattern"), str):
-        yield pattern
-    if isinstance(several := schema.get("patternProperties"), Mapping):
-        yield from (pattern for pattern in several if isinstance(pattern, str))
+def _check_patterns(schema: Mapping[Any, Any], param: str) -> None:
+    several = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(several if isinstance(several, Mapping) else ())):
+        if isinstance(pattern, str) and len(pattern) > MAX_PATTERN:
+            message = f"a pattern of {len(pattern)} characters; at most {MAX_PATTERN}"
+            raise Refused(f"{param}: this schema is not supported: {message}", param)
 
 
 def _digits(value: Any) -> int:
