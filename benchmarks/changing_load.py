@@ -72,20 +72,21 @@ def measure(of: Machine, name: str, arrivals: list[Arrival], targets: Targets) -
         "simulated": run_simulated(of, settings, arrivals, targets),
     }
     kept = ("attainment", "ttft_s", "tpot_s", "e2e_s", "requests", "split_switches")
-    return {"way": name} | {side: {key: result[key] for key in kept} for side, result in results.items()}
+    sides = {side: {key: result[key] for key in kept} for side, result in results.items()}
+    return {"way": name, "stolen": results["real"]["stolen"], **sides}
 
 
 def show(rows: list[dict[str, Any]], targets: Targets) -> None:
     title = f"real | simulated; targets {1e3 * targets.ttft:.0f} ms, {1e3 * targets.tpot:.0f} ms per token"
     table = Table(title=title)
-    for heading in ("way", "attainment", "TTFT mean", "TPOT mean", "E2E mean", "E2E p99"):
+    for heading in ("way", "attainment", "TTFT mean", "TPOT mean", "E2E mean", "E2E p99", "cores stolen"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for row in rows:
         sides = (row["real"], row["simulated"])
         cells = [" | ".join(f"{side['attainment']:.1%}" for side in sides)]
         for key, part in (("ttft_s", "mean"), ("tpot_s", "mean"), ("e2e_s", "mean"), ("e2e_s", "p99")):
             cells.append(" | ".join(f"{1e3 * side[key][part]:.0f}" for side in sides) + " ms")
-        table.add_row(row["way"], *cells)
+        table.add_row(row["way"], *cells, f"{row['stolen']:.2f}")
     Console(width=130).print(table)
 
 

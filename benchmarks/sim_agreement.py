@@ -54,7 +54,7 @@ def mixed_load(of: Machine, seconds: float, load: float, seed: int) -> list[Arri
 
 def compare(name: str, real: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
     """Each figure as the engine gave it, as the simulator did, and the relative difference."""
-    row: dict[str, Any] = {"way": name, "requests": real["requests"]}
+    row: dict[str, Any] = {"way": name, "requests": real["requests"], "stolen": real["stolen"]}
     for figure, (key, part) in FIGURES.items():
         values = [result[key] if part is None else result[key][part] for result in (real, simulated)]
         difference = values[1] / values[0] - 1.0
@@ -72,6 +72,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     table.add_column("policy")
     for figure in FIGURES:
         table.add_column(figure, justify="right")
+    table.add_column("cores stolen", justify="right")
     for row in rows:
         cells = []
         for figure in FIGURES:
@@ -79,7 +80,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             scale, unit = (1.0, "/s") if figure == "throughput" else (1e3, "ms")
             pair = f"{scale * entry['real']:.1f} | {scale * entry['simulated']:.1f} {unit}"
             cells.append(f"{pair} ({entry['difference']:+.0%})")
-        table.add_row(row["way"], *cells)
+        table.add_row(row["way"], *cells, f"{row['stolen']:.2f}")
     Console(width=150).print(table)
 
 
