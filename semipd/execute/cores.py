@@ -157,11 +157,15 @@ class Share:
         self._set_threads(count)
 
     def _move(self, count: int) -> None:
-        cores = self._cores[-count:] if self._lane else self._cores[:count]
+        cores = sorted(self._first(count))
         for thread in thread_ids():
             with contextlib.suppress(OSError):  # a thread that ended, or a core that was taken from us
                 os.sched_setaffinity(thread, cores)
         self._tied = False
+
+    def _first(self, count: int) -> tuple[int, ...]:
+        """The lane's first so many cores: that which it keeps longest comes first."""
+        return (self._cores[::-1] if self._lane else self._cores)[:count]
 
     def _spread(self, rested: bool) -> None:
         """The threads of a team that slept are all woken on the core of the one that wakes them, sleep at
@@ -169,8 +173,7 @@ class Share:
         times the time. So they are tied apart for this step. Afterwards they stay apart, and are free to go
         out of the way of others."""
         if rested and self._held > 1:
-            first = self._cores[-self._held :][::-1] if self._lane else self._cores[: self._held]
-            self._tie(first)
+            self._tie(self._first(self._held))
             self._tied = True
         elif self._tied:
             self._move(self._held)

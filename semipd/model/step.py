@@ -73,12 +73,8 @@ class _Step(ctypes.Structure):
     )
 
 
-_REFUSED, _NO_ROOM, _BROKEN, _OTHERS = (
-    -1,
-    -2,
-    -3,
-    -4,
-)  # how a step ends that does not just finish (csrc/step.c)
+# How a step ends that does not just finish (csrc/step.c).
+_REFUSED, _NO_ROOM, _BROKEN, _OTHERS = -1, -2, -3, -4
 _SLICE_BYTES = 32  # a packed slice: slot, first position, how many, whether a token is wanted; 64 bits each
 _ASK = None, 0  # the boundary before every large operation
 
@@ -181,14 +177,9 @@ class FusedStep:
         parts, spec = self._parts, self._parts.spec
         _, _, blocks, kv_heads, block_size, head_dim = self._kv.shape
         return _Model(
-            *(
-                kernels.level,
-                parts.dtype == torch.bfloat16,
-                len(parts.layers),
-                spec.vocabulary,
-                spec.hidden,
-            ),
-            *(spec.intermediate, spec.heads, kv_heads, head_dim, blocks, block_size),
+            *(kernels.level, parts.dtype == torch.bfloat16, len(parts.layers)),
+            *(spec.vocabulary, spec.hidden, spec.intermediate, spec.heads),
+            *(kv_heads, head_dim, blocks, block_size),
             ctypes.addressof(self._layers),
             _address(parts.head),
             *(tensor.data_ptr() for tensor in (parts.embedding, parts.norm, parts.frequencies, self._kv)),
