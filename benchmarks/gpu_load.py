@@ -174,14 +174,16 @@ def ways(setup: Setup) -> dict[str, Callable[[], Any]]:
 def automatic(setup: Setup, cost: Any) -> Any:
     """The policy that `--split auto` makes, with this card's own profile."""
     from semipd.core.auto import Auto
+    from semipd.core.deadline import ByDeadline
     from semipd.core.order import PromptWork
     from semipd.core.partition import Targets
-    from semipd.core.policies import Limits
+    from semipd.core.policies import PREFILL_TOKENS, Limits
 
     device = setup.executor.device
     work = PromptWork(cost, device.units)
-    limits = Limits(device.units, batch=setup.scale.slots - 2, order=work.shortest)
     targets = {"default": Targets(setup.scale.ttft, setup.scale.tpot)}
+    order = ByDeadline(work, targets, PREFILL_TOKENS)
+    limits = Limits(device.units, batch=setup.scale.slots - 2, order=order)
     return Auto(limits, device, cost, targets, work)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper_cases import ARRIVAL, CASES, SHORTEST, Case, policy_of, ways
+from benchmarks.paper_cases import ARRIVAL, CASES, DEADLINE, Case, policy_of, ways
 from benchmarks.search import GRID, goodput_index, rate_at
 from semipd.bench.scenario import STEADY, Scenario, simulate
 from semipd.config import PolicyConfig
@@ -170,7 +170,7 @@ def relative(way: str, names: list[str]) -> str:
     it; for auto the second static split, which is often among the best."""
     if way == "auto":
         return names[1]
-    plain = way.removesuffix(SHORTEST).removesuffix(ARRIVAL)
+    plain = way.removesuffix(DEADLINE).removesuffix(ARRIVAL)
     return plain if plain != way else names[max(names.index(way) - 1, 0)]
 
 
@@ -221,7 +221,7 @@ def main() -> int:
         if (not options.ways or way.startswith(tuple(options.ways)))
         and not way.startswith(tuple(options.skip))
         and (not options.slos or slo in options.slos)
-        and not (options.usual_order and way.endswith((SHORTEST, ARRIVAL)))
+        and not (options.usual_order and way.endswith((DEADLINE, ARRIVAL)))
     ):
         done = read_cells(options.cells)  # again, as another run may have written to it
         if key in done and done[key]["requests"] >= (options.requests or CASES[key[0]].requests):

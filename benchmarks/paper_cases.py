@@ -17,7 +17,7 @@ CHUNKS = (256, 512, 1024, 2048)
 LONG_PROMPTS = ((512, 256), (1024, 256), (2048, 512))  # chunk, most tokens of one prompt in it
 PREFILL_HEAVY = (0.07, 0.15, 0.22, 0.3, 0.45)  # of decode, for the static splits
 DECODE_HEAVY = (0.07, 0.22, 0.45, 0.6, 0.8)
-SHORTEST, ARRIVAL = ", shortest first", ", as they came"  # ends of the names of ways in their unusual order
+DEADLINE, ARRIVAL = ", by deadline", ", as they came"  # ends of the names of ways in their unusual order
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def ways(case: Case) -> dict[str, Settings]:
         f"auto{ARRIVAL}": {"split": "auto", "prompt_order": "fcfs"},
     }
     ordered = {
-        f"{way}{SHORTEST}": settings | {"prompt_order": "shortest"}
+        f"{way}{DEADLINE}": settings | {"prompt_order": "deadline"}
         for way, settings in fixed.items()
         if not way.startswith("disaggregated")
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from benchmarks.paper_cases import ARRIVAL, SHORTEST
+from benchmarks.paper_cases import ARRIVAL, DEADLINE
 
 Cells = dict[tuple[str, str], dict[str, dict[int, dict[str, Any]]]]
 
@@ -37,7 +37,7 @@ def plot_goodput(cells: Cells, path: Path) -> None:
         for way, rows in ways.items():
             kind = kind_of(way)
             values = [cell["goodput"] / ours[seed] for seed, cell in rows.items() if seed in ours]
-            if values and not way.endswith((SHORTEST, ARRIVAL)):
+            if values and not way.endswith((DEADLINE, ARRIVAL)):
                 color, marker = COLORS.get(kind, "tab:gray"), "D" if kind == "auto" else "o"
                 axes.plot([min(values), max(values)], [row, row], color=color, alpha=0.4)
                 seen = min(cell["requests"] for cell in rows.values())
@@ -87,7 +87,7 @@ def best_of_kinds(ways: dict[str, dict[int, dict[str, Any]]]) -> dict[str, str]:
         kind = kind_of(way)
         requests = min(cell["requests"] for cell in rows.values())
         found = (requests, statistics.median(cell["goodput"] for cell in rows.values()), way)
-        if not way.endswith((SHORTEST, ARRIVAL)) and found > best.get(kind, (0, 0.0, "")):
+        if not way.endswith((DEADLINE, ARRIVAL)) and found > best.get(kind, (0, 0.0, "")):
             best[kind] = found
     return {kind: best[kind][2] for kind in sorted(best, key=lambda kind: kind == "auto")}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import curve_indices, read_cells
-from benchmarks.paper_cases import ARRIVAL, CASES, SHORTEST
+from benchmarks.paper_cases import ARRIVAL, CASES, DEADLINE
 from benchmarks.paper_plot import plot_curves, plot_goodput
 from benchmarks.search import rate_at
 
@@ -107,7 +107,7 @@ def full(rows: dict[int, Row]) -> bool:
 
 def plain(ways: Ways, *starts: str) -> list[str]:
     """Contenders in the usual order of prompts whose names start so."""
-    names = [way for way in ways if way.startswith(starts) and not way.endswith((SHORTEST, ARRIVAL))]
+    names = [way for way in ways if way.startswith(starts) and not way.endswith((DEADLINE, ARRIVAL))]
     return [way for way in names if full(ways[way])]
 
 
@@ -165,24 +165,24 @@ def latency_table(cells: dict[tuple[str, str], Ways]) -> list[str]:
 
 
 def order_table(cells: dict[tuple[str, str], Ways]) -> list[str]:
-    """The lead of choosing shares and the lead of running short prompts first, apart."""
+    """The lead of choosing shares and the lead of the order of prompts, apart."""
     lines = [
         "| workload | auto over the best fixed way | the same, all in order of arrival "
-        "| the same, all shortest first | what the order gives auto | what it gives the best fixed way |",
+        "| the same, all by deadline | what the order gives auto | what it gives the best fixed way |",
         "|" + "---|" * 6,
     ]
     for (case, slo), ways in cells.items():
-        short = [way for way in ways if way.endswith(SHORTEST) and full(ways[way])]
-        if "auto" not in ways or f"auto{ARRIVAL}" not in ways or not short:
+        others = [way for way in ways if way.endswith(DEADLINE) and full(ways[way])]
+        if "auto" not in ways or f"auto{ARRIVAL}" not in ways or not others:
             continue
         seeds = set(ways["auto"])
-        usual, shortest = best(ways, seeds, goodput, fixed(ways)), best(ways, seeds, goodput, short)
+        usual, ordered = best(ways, seeds, goodput, fixed(ways)), best(ways, seeds, goodput, others)
         entries = [
             ratios(ways, "auto", usual, goodput),
             ratios(ways, f"auto{ARRIVAL}", usual, goodput),
-            ratios(ways, "auto", shortest, goodput),
+            ratios(ways, "auto", ordered, goodput),
             ratios(ways, "auto", f"auto{ARRIVAL}", goodput),
-            ratios(ways, shortest, usual, goodput) if shortest else [],
+            ratios(ways, ordered, usual, goodput) if ordered else [],
         ]
         lines.append(f"| {title(case, slo)} | {' | '.join(map(spread, entries))} |")
     return lines if len(lines) > 2 else []

@@ -16,13 +16,23 @@ from pathlib import Path
 from semipd.config import Config, PolicyConfig
 from semipd.core.admission import Admission, Aggressive, Conservative, PastFuture
 from semipd.core.auto import Auto
+from semipd.core.deadline import ByDeadline
 from semipd.core.engine import Engine
 from semipd.core.errors import ConfigError
 from semipd.core.kv import BlockPool
-from semipd.core.order import PromptWork
+from semipd.core.order import PromptOrder, PromptWork
 from semipd.core.partition import Paper, Shared, Static, Targets
-from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD, observers_of
+from semipd.core.policies import (
+    PREFILL_TOKENS,
+    Chunked,
+    Disaggregated,
+    Limits,
+    PrefillFirst,
+    SemiPD,
+    observers_of,
+)
 from semipd.core.ports import CostModel, Executor, Observer, Policy
+from semipd.core.price import KEPT
 from semipd.core.types import Device, Lane, Split
 from semipd.execute.choose import has_gpu
 from semipd.execute.clock import MonotonicClock
@@ -245,11 +255,11 @@ def _profiled(spec: ModelSpec, hardware: DeviceFile, dtype: str, units: int) -> 
 
 
 def predictor(settings: PolicyConfig, spec: ModelSpec, dtype: str, device: Device) -> CostModel | None:
-    """What `auto` and the order `shortest` predict with on a real device; None when the settings ask for
+    """What `auto` and the orders of prompts predict with on a real device; None when the settings ask for
     neither, or nothing is known of the device. Raises ConfigError for a bad device file."""
     targets = any(target != Targets() for target in targets_of(settings).values())
     chosen = settings.split == "auto" or (settings.split is None and targets)
-    wanted = (settings.policy == "semi-pd" and chosen) or settings.prompt_order == "shortest"
+    wanted = (settings.policy == "semi-pd" and chosen) or settings.prompt_order in ("shortest", "deadline")
     name = settings.device_file or (GENERIC_CPU if device.unit_kind == "core" else None)
     if name is None or not wanted:
         return None
@@ -264,8 +274,8 @@ def predictor(settings: PolicyConfig, spec: ModelSpec, dtype: str, device: Devic
 
 
 def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None = None) -> Policy:
-    """The policy that the settings name, on this device. cost: what `auto` and the order `shortest` predict
-    with.
+    """The policy that the settings name, on this device. cost: what `auto` and the orders of prompts
+    predict with.
 
     Raises ConfigError for a split that the device cannot have, or a prediction that nothing makes."""
     admission: dict[str, Admission] = {
@@ -274,11 +284,7 @@ def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None =
         "past-future": PastFuture(),
     }
     work = PromptWork(cost, device.units) if cost is not None else None
-    order = None
-    if (settings.prompt_order or ("shortest" if _is_auto(settings, cost) else "fcfs")) == "shortest":
-        if work is None:
-            raise ConfigError(f"--prompt-order shortest needs a cost model of {device.name}")
-        order = work.shortest
+    order = _order(settings, device, work, "deadline" if _is_auto(settings, cost) else "fcfs")
     limits = Limits(
         device.units, batch=settings.max_num_seqs, admission=admission[settings.admission], order=order
     )
@@ -300,8 +306,26 @@ def make_policy(settings: PolicyConfig, device: Device, cost: CostModel | None =
             if _is_auto(settings, cost):
                 if cost is None:
                     raise ConfigError(f"--split auto needs a cost model of {device.name}")
-                return Auto(limits, device, cost, targets_of(settings), work)
+                kept = settings.slo_attainment or KEPT
+                return Auto(limits, device, cost, targets_of(settings), work, kept=kept)
             return _semi_pd(settings, limits, device)
+
+
+def _order(
+    settings: PolicyConfig, device: Device, work: PromptWork | None, usual: str
+) -> PromptOrder | None:
+    """Of the prompts; None: as they come."""
+    name = settings.prompt_order or usual
+    if name == "fcfs":
+        return None
+    if work is None:
+        raise ConfigError(f"--prompt-order {name} needs a cost model of {device.name}")
+    if name == "shortest":
+        return work.shortest
+    targets = targets_of(settings)
+    if settings.prompt_order and all(target.ttft == math.inf for target in targets.values()):
+        raise ConfigError("--prompt-order deadline needs --ttft-slo")
+    return ByDeadline(work, targets, PREFILL_TOKENS)
 
 
 def _is_auto(settings: PolicyConfig, cost: CostModel | None) -> bool:

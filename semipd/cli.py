@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from semipd.config import Config, Setting, check, from_mapping, sections, settings
+from semipd.config import Config, from_mapping, sections, settings
 from semipd.core.errors import ConfigError, Refused, SemipdError
 from semipd.foreign_flags import HINTS
 from semipd.logs import fill_standard_streams, start_logging
+from semipd.setting import Setting, check
 
 EXIT_BAD_INPUT = 2
 MAX_TOKENS = Setting("most new tokens (default 64)", "size", low=1, high=2**31 - 1)

@@ -1,4 +1,4 @@
-"""Settings of commands that only talk to a server: a frozen dataclass whose fields carry `config.Setting`.
+"""Settings of commands that only talk to a server: a frozen dataclass whose fields carry `setting.Setting`.
 
 From such a class follow the command's flags, the checks of its values and its errors, as for the engine's
 own settings.
@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from semipd.config import Setting, check, unknown_setting
+from semipd.config import unknown_setting
+from semipd.setting import Setting, check
 
 Options = TypeVar("Options")
 

@@ -27,7 +27,7 @@ from semipd.core.order import Order, PromptWork
 from semipd.core.partition import Targets
 from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
-from semipd.core.price import Price
+from semipd.core.price import KEPT, Price
 from semipd.core.types import Device, Event, Finished, Lane, Launched, Plan, Slice, Split, Stepped, Work
 from semipd.core.urgency import Streams, Urgency, miss
 
@@ -53,7 +53,7 @@ class Way(NamedTuple):
 class Auto:
     """A policy and an observer. targets: by service class, one of them "default". chunks: of mixed batches.
     cost: corrected online by what steps really take. work: what prompts take by the same model, shared with
-    the order in `limits`, so that the order is corrected too."""
+    the order in `limits`, so that the order is corrected too. kept: share of targets that should be."""
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class Auto:
         targets: Mapping[str, Targets],
         work: PromptWork | None = None,
         chunks: Sequence[int] = (64, 128, 256, 512, 1024, 2048),
+        kept: float = KEPT,
     ) -> None:
         self.limits, self._device, self._cost = limits, device, cost
         self._chunks = tuple(chunks)
@@ -73,7 +74,7 @@ class Auto:
         self._splits = (*_thinned(device.legal_splits), (device.units, device.units))
         self._backlog = Backlog(targets, self._work, limits.prefill_tokens)
         self._urgency = Urgency(targets)
-        self._price = Price(targets)
+        self._price = Price(targets, kept)
         self._tokens_alone = Way(0, device.units, 0, 0.0, 0.0)
         self._prompts_alone = Way(device.units, device.units, 0, 1.0, 0.0)
         self._way, self._settled = self._tokens_alone, False  # the way chosen last
@@ -96,25 +97,28 @@ class Auto:
             self._price(event)
 
     def plan(self, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], now: float) -> Plan:
-        order, prefilling = self.limits.order_at(now), live.busy(Lane.PREFILL)
+        prefilling, order = live.busy(Lane.PREFILL), None
         if not live.waiting and not live.prefilling and not prefilling:
             way = self._tokens_alone
-        elif not live.decoding:
-            way = self._prompts_alone
-        elif prefilling and self._is_settled(live):
-            way = self._way
+        elif prefilling and live.decoding and self._is_settled(live):
+            way = self._way  # and no prompt can start
         else:
-            self._work.step_left = self._correction.step_left(Lane.PREFILL, now)
-            queue = self._backlog.queue(live, order, now)
-            way = self._choose(live, queue, self._urgency.streams(live, now))
-            self._arrived, self._settled = len(live) + self._ended, True
+            self._work.step_left = self._correction.step_left(Lane.PREFILL, now) if prefilling else 0.0
+            order = self.limits.order_at(live, now)
+            if live.decoding:
+                queue = self._backlog.queue(live, order, now)
+                way = self._choose(live, queue, self._urgency.streams(live, now))
+                self._arrived, self._settled = len(live) + self._ended, True
+            else:
+                way = self._prompts_alone
         return self._launch(way, idle, live, kv, order)
 
     def _is_settled(self, live: Live) -> bool:
         """Whether nothing happened since the last choice that could change it: the same prefill step runs
         and nobody came."""
         came = len(live) + self._ended > self._arrived
-        return self._settled and not came and (self._way.decode > 0 or not live.busy(Lane.DECODE))
+        holds = self._way.decode == 0 and live.busy(Lane.DECODE)
+        return self._settled and not came and not holds and not self._way.chunk
 
     def _launch(
         self, way: Way, idle: frozenset[Lane], live: Live, kv: Mapping[Lane, KVManager], order: Order | None

@@ -1,4 +1,4 @@
-"""In which order prompts run: as they come, or the shortest first.
+"""In which order prompts run: as they come, or the shortest first (by deadline: `core.deadline`).
 
 As they come, a prompt that has started goes on before others start (`batching` does so without being told).
 Shortest first goes by the seconds of work that are left of a prompt, less a part of the time that it has
@@ -14,7 +14,7 @@ from semipd.core.ports import CostModel
 from semipd.core.types import Request, Slice, Work
 
 Order = Callable[[Request], float]  # the least goes first
-PromptOrder = Callable[[float], Order]  # the order at a time in seconds
+PromptOrder = Callable[[Sequence[Request], float], Order]  # of these prompts, at a time in seconds
 
 AGEING = 0.1  # seconds of prefill that one second of waiting makes up for
 FADING = 0.05  # weight of the newest step in what sharing one gains
@@ -51,6 +51,19 @@ class PromptWork:
             whole = self._meet(request, known)
         return whole * tokens / known * self.slowness
 
+    def missing(self, request: Request) -> float:
+        """Seconds of those of its tokens that no step has yet, when no other prompt is in theirs."""
+        left = request.known - request.planned
+        return self.alone(request, left) if left > 0 else 0.0
+
+    def gain(self, tokens: int, alone: float, most: int) -> float:
+        """What part of `alone`, the seconds of so many tokens of prompts one by one, they take when they
+        share steps of at most `most` tokens."""
+        if not alone:
+            return 1.0
+        step = min(tokens, most)
+        return min(self.together(step) * tokens / (step * alone), 1.0)
+
     def together(self, tokens: int) -> float:
         """Seconds of a step with so many tokens of several prompts."""
         return self._of_length(tokens) * self.slowness
@@ -78,7 +91,7 @@ class PromptWork:
         self._alone += FADING * (alone - self._alone)
         self._shared += FADING * (self._of_length(work.tokens) - self._shared)
 
-    def shortest(self, now: float) -> Order:
+    def shortest(self, _requests: Sequence[Request], now: float) -> Order:
         """A `PromptOrder`: shortest remaining prompt first, with ageing."""
         return lambda request: self.seconds(request) - AGEING * (now - request.arrival)
 

@@ -13,6 +13,8 @@ from semipd.core.partition import Window, WindowCollector
 from semipd.core.ports import Controller, KVManager, Observer, Policy
 from semipd.core.types import Event, Lane, Plan, Slice, Split
 
+PREFILL_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -23,13 +25,14 @@ class Limits:
     """
 
     units: int
-    prefill_tokens: int = 2048
+    prefill_tokens: int = PREFILL_TOKENS
     batch: int = 256
     admission: Admission = field(default_factory=Aggressive)
     order: PromptOrder | None = None
 
-    def order_at(self, now: float) -> Order | None:
-        return self.order(now) if self.order is not None else None
+    def order_at(self, live: Live, now: float) -> Order | None:
+        """Of the prompts that are here."""
+        return self.order([*live.prefilling, *live.waiting], now) if self.order is not None else None
 
 
 def observers_of(policy: Policy) -> list[Observer]:
@@ -70,7 +73,7 @@ class SemiPD:
                 Lane.PREFILL,
                 limits.prefill_tokens,
                 limits.admission,
-                order=limits.order_at(now),
+                order=limits.order_at(live, now),
             )
         prefill = bool(slices.get(Lane.PREFILL)) or live.busy(Lane.PREFILL)
         decode = bool(slices.get(Lane.DECODE)) or live.busy(Lane.DECODE)
@@ -93,7 +96,7 @@ class PrefillFirst:
         if live.busy(Lane.PREFILL):
             return Plan(Split.lone(Lane.PREFILL, limits.units), {})
         if live.prefilling or (live.waiting and live.has_free_slot):
-            order = limits.order_at(now)
+            order = limits.order_at(live, now)
             if live.busy(Lane.DECODE):
                 # Let decode drain, unless the prompt could not enter anyway.
                 pool = kv[Lane.PREFILL]
@@ -138,7 +141,7 @@ class Chunked:
             self._chunk_tokens - len(slices),
             limits.admission,
             longest=self._long_prompt,
-            order=limits.order_at(now),
+            order=limits.order_at(live, now),
         )
         return Plan(split, {Lane.DECODE: slices})
 
@@ -164,6 +167,6 @@ class Disaggregated:
                 Lane.PREFILL,
                 limits.prefill_tokens,
                 limits.admission,
-                order=limits.order_at(now),
+                order=limits.order_at(live, now),
             )
         return Plan(self._split, slices)

@@ -7,22 +7,24 @@ from collections.abc import Mapping
 from semipd.core.partition import Targets
 from semipd.core.types import Event, Finished, FinishReason
 
-KEPT = 0.99  # share of requests that should keep both targets
-RISE = 1.5  # by which the price rises with a request that does not
-LEAST, MOST = 4.0, 30.0
+KEPT = 0.95  # share of requests that should keep both targets, if nobody says what it should be
+RISE = 2.5  # by which the price rises with a request that does not
+LEAST, MOST = 1.0, 100.0
 
 
 class Price:
-    """An observer. targets: by service class, one of them "default".
+    """An observer. targets: by service class, one of them "default". kept: share of the requests that
+    should keep theirs, below 1.
 
-    "The least latency at which `KEPT` of the requests keep their targets" has a multiplier for its
+    "The least latency at which `kept` of the requests keep their targets" has a multiplier for its
     constraint, found by small steps (dual ascent): `value`, in seconds, rises with every request that
     missed a target, falls with every other one, and comes to rest where so many are kept. So nobody waits
     longer for the sake of targets that none is about to miss, and near saturation they count for the most.
     """
 
-    def __init__(self, targets: Mapping[str, Targets]) -> None:
+    def __init__(self, targets: Mapping[str, Targets], kept: float = KEPT) -> None:
         self._targets = targets
+        self._fall = RISE ** (1.0 - 1.0 / kept)
         self.value = MOST
 
     def __call__(self, event: Event) -> None:
@@ -35,5 +37,4 @@ class Price:
         first, gaps = request.first_token_at, max(len(request.output) - 1, 1)
         kept = first - request.arrival <= targets.ttft
         kept = kept and request.last_token_at - first <= targets.tpot * gaps
-        step = RISE ** (1.0 - 1.0 / KEPT) if kept else RISE
-        self.value = min(max(self.value * step, LEAST), MOST)
+        self.value = min(max(self.value * (self._fall if kept else RISE), LEAST), MOST)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from semipd.config import NEUTRAL_CLASSES, ServiceClass
 from semipd.core import keys
 from semipd.core.errors import Refused
 from semipd.core.types import Constraint, Sampling
@@ -24,6 +23,7 @@ from semipd.serve.reasoning import MARKS, ReasoningRule
 from semipd.serve.session import Session
 from semipd.serve.text import Delta, Echo, TextStream, find_calls
 from semipd.serve.tokenizer import Tokenizer
+from semipd.setting import NEUTRAL_CLASSES, ServiceClass
 
 _WORD = 2**64
 

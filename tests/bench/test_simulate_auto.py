@@ -14,10 +14,23 @@ def test_near_saturation_auto_keeps_up_with_the_best_static_split(seed: int) -> 
     did not, auto missed three to four times the targets that the static split missed."""
     scenario = Scenario(rate=22.0, requests=300, seed=seed)
     targets = {"max_num_seqs": 512, "ttft_slo": 0.3, "tpot_slo": 0.15}
-    auto = simulate(scenario, PolicyConfig(split="auto", **targets))
+    auto = simulate(scenario, PolicyConfig(split="auto", slo_attainment=0.99, **targets))
     static = simulate(scenario, PolicyConfig(split="static:92,16", **targets))
     assert auto["attainment"] > static["attainment"] - 0.02
     assert auto["ttft_s"]["p90"] < 0.245
     assert auto["e2e_s"]["mean"] < 1.05 * static["e2e_s"]["mean"], (
         "targets are not to be bought with latency"
     )
+
+
+def test_what_is_above_the_wanted_attainment_is_traded_for_latency() -> None:
+    scenario = Scenario(rate=21.0, requests=500, seed=105)
+    targets = {"max_num_seqs": 512, "ttft_slo": 0.3, "tpot_slo": 0.15}
+    found = [
+        simulate(scenario, PolicyConfig(split="auto", slo_attainment=share, **targets))
+        for share in (0.9, None, 0.99)
+    ]
+    latency = [result["e2e_s"]["mean"] for result in found]
+    kept = [result["attainment"] for result in found]
+    assert latency == sorted(latency) and latency[0] < 0.97 * latency[2]
+    assert kept == sorted(kept) and kept[0] >= 0.88 and kept[1] >= 0.93

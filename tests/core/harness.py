@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from semipd.core.admission import Admission, Aggressive
 from semipd.core.auto import Auto
+from semipd.core.deadline import ByDeadline
 from semipd.core.engine import Engine
 from semipd.core.keys import ROOT, block_keys
 from semipd.core.kv import BlockPool
-from semipd.core.order import PromptWork
+from semipd.core.order import PromptOrder, PromptWork
 from semipd.core.partition import Shared, Static, Targets
 from semipd.core.policies import Chunked, Disaggregated, Limits, PrefillFirst, SemiPD
 from semipd.core.ports import Policy
@@ -25,6 +26,7 @@ POLICIES = (
     "chunked-16",
     "chunked-long",
     "chunked-shortest",
+    "chunked-deadline",
     "disaggregated",
     "auto",
 )
@@ -32,7 +34,10 @@ POLICIES = (
 
 def make_policy(name: str, units: int = 2, admission: Admission | None = None) -> Policy:
     work = PromptWork(FixedCost(units), units)
-    order = work.shortest if name in ("auto", "chunked-shortest") else None
+    targets = {"default": Targets(0.05, 0.005)}
+    order: PromptOrder | None = work.shortest if name == "chunked-shortest" else None
+    if name in ("auto", "chunked-deadline"):
+        order = ByDeadline(work, targets, 16)
     limits = Limits(units, 16, batch=8, admission=admission or Aggressive(), order=order)
     match name:
         case "static":
@@ -42,13 +47,12 @@ def make_policy(name: str, units: int = 2, admission: Admission | None = None) -
         case "prefill-first":
             return PrefillFirst(limits)
         case "auto":
-            targets = {"default": Targets(0.05, 0.005)}
             return Auto(limits, fake_device(units=units), FixedCost(units), targets, work, (3, 8, 16))
         case "disaggregated":
             return Disaggregated(limits, Split.pair(1, units - 1, units))
         case "chunked-long":
             return Chunked(limits, 16, long_prompt=4)
-        case "chunked-shortest":
+        case "chunked-shortest" | "chunked-deadline":
             return Chunked(limits, 16)
         case _:
             return Chunked(limits, int(name.partition("-")[2]))

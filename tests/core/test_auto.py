@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from semipd.core.admission import Aggressive
 from semipd.core.auto import Auto, Way
 from semipd.core.backlog import Kind, Prompt, Queue
+from semipd.core.deadline import ByDeadline
 from semipd.core.engine import Engine
 from semipd.core.kv import BlockPool
 from semipd.core.order import PromptWork
@@ -43,7 +44,13 @@ class Rig:
         self.clock = VirtualClock()
         self.events: list[Event] = []
         work = PromptWork(model, UNITS)
-        limits = Limits(UNITS, 2048, batch=64, admission=Aggressive(), order=work.shortest)
+        limits = Limits(
+            UNITS,
+            2048,
+            batch=64,
+            admission=Aggressive(),
+            order=ByDeadline(work, {"default": targets}, 2048),
+        )
         device = dataclasses.replace(DEVICE, depth=depth)
         self.auto = Auto(limits, device, model, {"default": targets}, work)
         pool = BlockPool(4000, 16)

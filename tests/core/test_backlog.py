@@ -21,7 +21,7 @@ def seen(lengths: list[int], arrivals: list[float] | None = None, now: float = 0
     backlog = Backlog({"default": Targets(1.0, 1.0)}, work, 2048)
     for index, (tokens, arrival) in enumerate(zip(lengths, arrivals or [0.0] * len(lengths), strict=True)):
         live.waiting.append(Request(str(index), range(tokens), 2, Sampling(), arrival=arrival))
-    return backlog.queue(live, work.shortest(now), now)
+    return backlog.queue(live, work.shortest([], now), now)
 
 
 def test_nothing_presses_where_nothing_is() -> None:

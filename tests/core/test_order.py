@@ -61,10 +61,10 @@ def test_short_prompts_pass_long_ones_only_when_told_to(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_default_order_is_shortest_for_auto_and_fcfs_for_the_others(way: str) -> None:
+def test_the_default_order_is_deadline_for_auto_and_fcfs_for_the_others(way: str) -> None:
     lengths = [6000, 6000, 200]
     default = first_tokens(engine_of(PolicyConfig(**WAYS[way])), lengths)
-    order = "shortest" if way == "auto" else "fcfs"
+    order = "deadline" if way == "auto" else "fcfs"
     assert default == first_tokens(engine_of(PolicyConfig(**WAYS[way], prompt_order=order)), lengths)
 
 
@@ -75,7 +75,7 @@ def test_waiting_makes_up_for_length() -> None:
     late = Request("late", range(1000), 1, arrival=6.0)  # 0.1 s, so AGEING * 6 outweighs the difference
     soon = Request("soon", range(1000), 1, arrival=4.0)
     assert AGEING * 6.0 > 0.5 > AGEING * 4.0
-    order = work.shortest(10.0)
+    order = work.shortest([], 10.0)
     assert order(soon) < order(long) < order(late)
 
 
@@ -83,7 +83,7 @@ def test_only_what_is_left_of_a_prompt_counts() -> None:
     work = PromptWork(MODEL, UNITS)
     started = Request("started", range(4000), 1, planned=3600, computed=3600)
     other = Request("other", range(1000), 1)
-    assert work.shortest(0.0)(started) < work.shortest(0.0)(other)
+    assert work.shortest([], 0.0)(started) < work.shortest([], 0.0)(other)
     assert work.seconds(started) == pytest.approx(0.0401)
 
 

@@ -58,11 +58,21 @@ def test_it_is_high_where_too_many_are_missed(kept: float, low: float, high: flo
 def test_at_the_share_that_should_be_kept_it_stays_where_it_is() -> None:
     """The steps up and down cancel out."""
     group = [finished(1.5, 0.05)] + [finished(0.5, 0.05)] * round(KEPT / (1.0 - KEPT))
-    price = after([finished(0.5, 0.05)] * 150)
+    price = after([finished(0.5, 0.05)] * 40)
     before = price.value
     for event in group:
         price(event)
     assert LEAST < before < MOST and price.value == pytest.approx(before)
+
+
+def test_the_share_that_should_be_kept_can_be_said() -> None:
+    """One in eleven is late: too many for 95%, few enough for 90%."""
+    events = ([finished(1.5, 0.05)] + [finished(0.5, 0.05)] * 10) * 100
+    for kept, value in ((0.95, MOST), (0.9, LEAST)):
+        price = Price(TARGETS, kept)
+        for event in events:
+            price(event)
+        assert value / 3 < price.value < value * 3
 
 
 def test_every_class_has_its_own_targets_and_who_left_has_no_say() -> None:

@@ -13,12 +13,13 @@ import msgspec
 import pytest
 
 from semipd.build import make_policy, targets_of
-from semipd.config import MAX_CLASSES, Config, PolicyConfig, ServiceClass, from_mapping
+from semipd.config import Config, PolicyConfig, from_mapping
 from semipd.core.auto import Auto
 from semipd.core.errors import ConfigError
 from semipd.core.partition import Targets
 from semipd.execute.cpu import cpu_device
 from semipd.execute.sim import FixedCost
+from semipd.setting import MAX_CLASSES, ServiceClass
 from tests.serve.fakes import LiveFake, make_folder
 from tests.serve.serving import serving
 
