@@ -29,8 +29,9 @@ from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.price import KEPT, Price
 from semipd.core.types import Device, Event, Finished, Lane, Launched, Plan, Slice, Split, Stepped, Work
-from semipd.core.urgency import Streams, Urgency, miss
+from semipd.core.urgency import MARGIN, Streams, Urgency, miss
 
+LASTING = 60.0  # seconds; no busy period is taken to be longer
 OVERLOAD = 5.0  # power of load over rate by which a busy period grows when there is no end to it
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 APART = 1.25  # units of decode in a split, at least, over those in the one before it
@@ -74,6 +75,7 @@ class Auto:
         self._splits = (*_thinned(device.legal_splits), (device.units, device.units))
         self._backlog = Backlog(targets, self._work, limits.prefill_tokens)
         self._urgency = Urgency(targets)
+        self._tpot = targets["default"].tpot
         self._price = Price(targets, kept)
         self._tokens_alone = Way(0, device.units, 0, 0.0, 0.0)
         self._prompts_alone = Way(device.units, device.units, 0, 1.0, 0.0)
@@ -165,13 +167,15 @@ class Auto:
     def _scores(self, table: list[Way], queue: Queue, streams: Streams) -> list[float]:
         """Of every way. Prompts that arrive before the present ones are done wait as well, may be late
         (Kingman), and lengthen the busy period as in an M/G/1 queue: work / (rate - load). Later ones come
-        as well, so that decode goes on at a mean pace: prompts are there for load / rate of the time. Runs
-        at every plan: `min` and `max` of two numbers would take as long as the rest."""
-        prompts, work, backlog, bearable, arrivals, load, kinds = queue
+        as well, so that decode goes on at a mean pace: prompts are there for load / rate of the time. Those
+        who come will have their tokens at that pace, too. Runs at every plan: `min` and `max` of two
+        numbers would take as long as the rest."""
+        prompts, work, backlog, bearable, arrivals, load, kinds, ahead = queue
         groups, size, tokens, shortest, longest, pace = streams
         alone = table[-1].step  # a decode step without prompts
         top = max([way.rate for way in table if way.step < math.inf])  # the best that does not hold decode
         scores, due, price = [], self._backlog.soon, self._price.value
+        slow = (1.0 - MARGIN) * self._tpot
         for _, _, _, rate, step in table:
             misses = wait = 0.0
             if not rate:
@@ -185,16 +189,16 @@ class Auto:
             spare, share = kept - load, load / kept
             if share > 0.95:  # the more comes than is worked off, the longer it lasts
                 spare, share = 0.05 * kept * (0.95 / share) ** OVERLOAD, 0.95
-            busy = wait + backlog / spare
-            found = arrivals * busy  # arrive meanwhile, and find half of what is waiting now
-            behind = 0.5 * (wait + backlog * slowness)
-            total = len(prompts) * wait + work * slowness + found * behind
+            busy = min(wait + backlog / spare, LASTING)
+            found = arrivals * busy  # arrive meanwhile
+            total = len(prompts) * wait + work * slowness + found * (0.5 * wait + ahead * slowness)
             for part, before, scale, delay in kinds:
                 full = share * before
                 left = (due - wait - delay * slowness) * kept / scale
-                late = math.exp(-(1.0 - full) * left) if left > 0.0 else 1.0
-                misses += found * part * late
+                misses += found * part * (math.exp(-(1.0 - full) * left) if left > 0.0 else 1.0)
             rest = 1.0 / (share / step + (1.0 - share) / alone)
+            if rest > slow:
+                misses += found * miss(rest, self._tpot)
             done = busy / step  # 0 while decode is held: then `step` is infinite
             if step > pace or shortest < done < longest:
                 for count, remaining, allowance, soon in groups:

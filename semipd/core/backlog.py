@@ -37,7 +37,8 @@ class Kind(NamedTuple):
 
 class Queue(NamedTuple):
     """work: the sum of theirs; backlog: the most. bearable: how much slower than on the whole device none
-    may be late. arrivals, load: prompts, and seconds of work, that come a second."""
+    may be late. arrivals, load: prompts, and seconds of work, that come a second. ahead: of what is here,
+    seconds that one of them waits for in the mean."""
 
     prompts: list[Prompt]
     work: float
@@ -46,9 +47,10 @@ class Queue(NamedTuple):
     arrivals: float
     load: float
     kinds: list[Kind]
+    ahead: float
 
 
-NOTHING = Queue([], 0.0, 0.0, math.inf, 0.0, 0.0, [])
+NOTHING = Queue([], 0.0, 0.0, math.inf, 0.0, 0.0, [], 0.0)
 
 
 class Backlog:
@@ -68,7 +70,8 @@ class Backlog:
         most = max(work)
         bearable = min([prompt.soon / max(prompt.work, 1e-9) for prompt in prompts])
         kinds = self._kinds(work[0], most, order is not None)
-        return Queue(prompts, sum(work), most, bearable, come.arrivals.rate, come.load, kinds)
+        ahead = self._ahead(work[0], most, order is not None)
+        return Queue(prompts, sum(work), most, bearable, come.arrivals.rate, come.load, kinds, ahead)
 
     def _prompts(self, live: Live, order: Order | None, now: float) -> list[Prompt]:
         """In the order in which they run. They share steps: many in one take much less than each alone."""
@@ -113,3 +116,8 @@ class Backlog:
         if (delay := first + self._work.step) < self.soon:  # else they are late in any case
             kinds.append(Kind(1.0 - part, 1.0 - come.long_load, short / come.calm, delay))
         return kinds
+
+    def _ahead(self, first: float, most: float, by_length: bool) -> float:
+        """Who comes finds half of what is waiting now; short ones only half of a step."""
+        part = self._work.arrivals.long_part if by_length else 1.0
+        return 0.5 * (part * most + (1.0 - part) * min(first + self._work.step, most))

@@ -69,7 +69,7 @@ def test_every_case_names_legal_ways_and_the_guess_of_a_cell_is_its_nearest_rela
     }
     assert paper.guess_for(("8b-sharegpt", "tight", "shared", 2), done) == -3  # another seed of it
     assert paper.guess_for(("8b-sharegpt", "tight", "prefill-first", 1), done) == 4  # the way before it
-    assert paper.guess_for(("8b-sharegpt", "tight", "shared, shortest first", 1), done) == -3
+    assert paper.guess_for(("8b-sharegpt", "tight", "shared, by deadline", 1), done) == -3
     assert paper.guess_for(("8b-mixed", "tight", "shared", 1), done) == 0
 
 
@@ -99,7 +99,7 @@ def test_the_best_fixed_way_is_one_way_for_all_seeds_and_ratios_are_taken_seed_b
         *(cell("static 84:24", seed, rate) for seed, rate in ((1, 10.0), (2, 8.0), (3, 10.0))),
         cell("chunked 512", 1, 99.0),  # seeds 2 and 3 are missing: no best of anything
         *(cell("static 100:8", seed, 50.0) | {"requests": 400} for seed in (1, 2, 3)),  # not the same load
-        *(cell("shared, shortest first", seed, 12.0) for seed in (1, 2, 3)),
+        *(cell("shared, by deadline", seed, 12.0) for seed in (1, 2, 3)),
         *(cell("auto, as they came", seed, 10.0) for seed in (1, 2, 3)),
     )
     row = goodput_table(cells)[2]
@@ -107,7 +107,7 @@ def test_the_best_fixed_way_is_one_way_for_all_seeds_and_ratios_are_taken_seed_b
     assert "1.38 (1.01 to 2.00)" in row and "99" not in row and "50" not in row
     order = order_table(cells)[2]
     assert "1.00 (1.00 to 1.25)" in order  # all as they came: 10 over static's 10, 8 and 10
-    assert "0.92 (0.83 to 1.00)" in order  # all shortest first
+    assert "0.92 (0.83 to 1.00)" in order  # all by deadline
     page = document(cells)
     assert "**auto**" in page and "static 100:8 [400 requests, 3 seeds] | 50.00" in page
     plot_goodput(cells, tmp_path / "goodput.png")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.core.admission import Aggressive
-from semipd.core.auto import Auto, Way
+from semipd.core.auto import LASTING, Auto, Way
 from semipd.core.backlog import Kind, Prompt, Queue
 from semipd.core.deadline import ByDeadline
 from semipd.core.engine import Engine
@@ -25,7 +25,7 @@ from semipd.core.policies import Limits
 from semipd.core.ports import CostModel
 from semipd.core.price import MOST
 from semipd.core.types import Device, Event, Lane, Launched, Request, Sampling, Stepped, Switched, Work
-from semipd.core.urgency import Group, Streams
+from semipd.core.urgency import Group, Streams, miss
 from semipd.execute.sim import FixedCost, SimExecutor, VirtualClock
 
 UNITS = 16
@@ -260,7 +260,8 @@ def scores(*ways: Way, streams: Streams, kinds: Sequence[Kind] = (), load: float
     """Of ways for one prompt of 0.2 s that cannot be late, while 6 prompts a second arrive."""
     prompts = [Prompt(0.2, math.inf, math.inf)]
     auto = Rig(Targets(0.5 / 0.85, 1.0)).auto
-    return auto._scores(list(ways), Queue(prompts, 0.2, 0.2, math.inf, 6.0, load, list(kinds)), streams)
+    queue = Queue(prompts, 0.2, 0.2, math.inf, 6.0, load, list(kinds), 0.1)
+    return auto._scores(list(ways), queue, streams)
 
 
 def test_the_chance_that_a_later_prompt_is_late() -> None:
@@ -276,6 +277,24 @@ def test_the_chance_that_a_later_prompt_is_late() -> None:
     (calm,) = scores(way, streams=nobody)
     come = 6.0 * 0.2 / (rate - 0.6)
     assert (pressed - calm) / MOST == pytest.approx(come * late / count, rel=0.1)
+
+
+def test_who_comes_has_a_target_for_his_tokens_too() -> None:
+    """The target is a second a token; prompts are there for two thirds of the time."""
+    nobody, alone = Streams([], 0, 0.0, math.inf, 0.0, 1.0), Way(0, 16, 0, 0.0, 0.9)
+    quick, slow = (scores(Way(8, 8, 0, 0.9, step), alone, streams=nobody)[0] for step in (0.9, 1.4))
+    come = 6.0 * 0.2 / (0.9 - 0.6)
+    pace = 1.0 / ((2 / 3) / 1.4 + (1 / 3) / 0.9)
+    assert (slow - quick) / MOST == pytest.approx(come * (miss(pace, 1.0) - miss(0.9, 1.0)))
+    assert miss(pace, 1.0) > miss(0.9, 1.0) > 0.0
+
+
+@pytest.mark.parametrize("load", [0.6, 0.95, 1.5])
+def test_no_busy_period_is_taken_to_last_for_ever(load: float) -> None:
+    nobody = Streams([], 0, 0.0, math.inf, 0.0, 1.0)
+    (score,) = scores(Way(8, 8, 0, 0.9, 0.01), streams=nobody, load=load)
+    assert score <= 0.2 / 0.9 + 6.0 * LASTING * 0.1 / 0.9
+    assert (score > 0.9 * 6.0 * LASTING * 0.1 / 0.9) == (load > 1.0)
 
 
 @given(

@@ -45,6 +45,22 @@ def test_many_more_than_are_looked_at_count_as_so_much_work() -> None:
     assert len(queue.prompts) == 25 and queue.backlog == pytest.approx(96 * 0.201)
 
 
+def test_a_short_prompt_to_come_does_not_stand_behind_long_ones() -> None:
+    """Ten long ones wait, of 0.3 s each; of those to come a seventh is long."""
+    live, work = Live(64, frozenset(Lane)), PromptWork(MODEL, UNITS)
+    backlog = Backlog({"default": Targets(1.0, 1.0)}, work, 2048)
+    for index in range(200):
+        tokens = 3000 if index % 10 == 0 else 160
+        work.seconds(Request(str(index), range(tokens), 2, Sampling(), arrival=index / 40))
+    for index in range(10):
+        live.waiting.append(Request(f"w{index}", range(3000), 2, Sampling(), arrival=5.0))
+    by_length, as_they_come = (
+        backlog.queue(live, order, 5.0).ahead for order in (work.shortest([], 5.0), None)
+    )
+    assert as_they_come == pytest.approx(0.5 * 3.0, rel=0.1)
+    assert by_length == pytest.approx(0.5 * (3.0 / 7 + 0.3 * 6 / 7), rel=0.1)
+
+
 def test_long_prompts_to_come_wait_for_all_and_short_ones_for_short_ones() -> None:
     work = PromptWork(MODEL, UNITS)
     backlog = Backlog({"default": Targets(1.0, 1.0)}, work, 2048)
