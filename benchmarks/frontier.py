@@ -59,7 +59,7 @@ def settings(cores: int) -> dict[str, Setting]:
     for prefill in range(1, cores):
         split = f"{prefill},{cores - prefill}"
         add(f"semipd split {split}", "semipd", "semipd", "--split", f"static:{split}")
-    for tokens in (16, 32, 64, 128, 256, 512, 1024):
+    for tokens in (16, 32, 48, 64, 96, 128, 256, 512, 1024):
         knobs = ("--policy", "chunked", "--chunk-tokens", tokens)
         add(f"semipd chunk {tokens}", "semipd", "semipd", *knobs)
     for ttft, tpot in (("10s", "60ms"), ("4s", "100ms"), ("2s", "200ms"), ("1s", "1s")):
