@@ -59,10 +59,8 @@ class ByDeadline:
         """The queue's, the seconds until the first of them can start when `first` goes before, and whether
         any would be late as they stand."""
         work, default = self._work, self._targets["default"]
-        before, alone = (
-            [work.missing(request) for request in first],
-            [work.missing(request) for request in queue],
-        )
+        before = [work.missing(request) for request in first]
+        alone = [work.missing(request) for request in queue]
         tokens = sum([request.known - request.planned for request in first + queue])
         gain = work.gain(tokens, sum(before) + sum(alone), self._tokens)
         begin = until = work.running + PACE * gain * sum(before)
