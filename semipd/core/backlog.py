@@ -118,7 +118,7 @@ class Backlog:
         return kinds
 
     def _ahead(self, first: float, most: float, by_length: bool) -> float:
-        """The mean of those who come: long ones find half of what is waiting now, short ones half of what goes
-        before them, the first and a step."""
+        """The mean of those who come: long ones find half of what is waiting now, short ones half of what
+        goes before them, the first and a step."""
         part = self._work.arrivals.long_part if by_length else 1.0
         return 0.5 * (part * most + (1.0 - part) * min(first + self._work.step, most))
