@@ -111,7 +111,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=("0.5b", "12m"), default="0.5b")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, metavar="NAME")
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, for each policy")
-    parser.add_argument("--profile-seconds", type=float, default=40.0, help="of each profile")
+    parser.add_argument("--profile-seconds", type=float, default=60.0, help="of each profile")
     parser.add_argument("--load", type=float, default=0.5, help="share of the machine's time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file")

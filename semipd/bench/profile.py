@@ -24,7 +24,7 @@ from semipd.bench.profile_cpu import (
     mean_slowdown,
     measure_alone,
     measure_beside,
-    measure_engine,
+    measure_host,
     new_pace,
     steps_to_measure,
 )
@@ -50,7 +50,7 @@ from semipd.model.folder import model_folder
 from semipd.model.spec import load_spec
 
 LONGEST = 4096  # positions of a sequence that profiling needs at most
-SHARES = (0.5, 0.4, 0.1)  # of the time: steps alone, beside each other, under the planner
+SHARES = (0.5, 0.35, 0.15)  # of the time: steps alone, beside each other, under the planner
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one round of measuring found. timings: by units. paces: (mean seconds, mean work) of steps of
-    decode under the planner."""
+    """What one round of measuring found. timings: by units. host: (sequences, seconds that the planner
+    adds to a decode step of so many)."""
 
     resolved: Resolved
     timings: dict[int, list[Timing]]
     slowdowns: list[Slowdown]
-    paces: list[tuple[float, Work]]
+    host: list[tuple[int, float]]
     switch_seconds: float
 
 
@@ -118,13 +118,11 @@ def measure(model: str | None, options: ProfileOptions) -> Measured:
         timings = measure_alone(bench, steps, units, SHARES[0] * options.seconds)
         shares = [*some_splits(device.legal_splits), (device.units, device.units)]
         slowdowns = measure_beside(bench, shares, SHARES[1] * options.seconds, slots, engine.max_length)
-        paces = [
-            measure_engine(engine, pace, count, SHARES[2] * options.seconds / 3, vocabulary)
-            for count in (1, 8, 32)
-        ]
+        turns = SHARES[2] * options.seconds / 3
+        host = [measure_host(engine, pace, bench, count, turns) for count in (1, 8, 32)]
     finally:
         engine.executor.close()
-    return Measured(resolved, timings, slowdowns, paces, device.switch_seconds)
+    return Measured(resolved, timings, slowdowns, host, device.switch_seconds)
 
 
 def some_units(units: int) -> list[int]:
@@ -164,13 +162,7 @@ def describe(rounds: Sequence[Measured]) -> dict[str, Any]:
     cost = ProfiledCost(steps)
     prompt = Work(tokens=1024, context=1024, square=524288.0, sequences=1, sampled=1)
     single = Work.decode(1, 32)
-    step_seconds, sequence_seconds = host_seconds(
-        [
-            (work.sequences, taken - cost.seconds(work, units))
-            for found in rounds
-            for taken, work in found.paces
-        ]
-    )
+    step_seconds, sequence_seconds = host_seconds([row for found in rounds for row in found.host])
     flops = shape["linear_flops"] * prompt.tokens / cost.seconds(prompt, units)
     moved = (shape["linear_bytes"] + shape["head_bytes"]) / cost.seconds(single, units)
     return {

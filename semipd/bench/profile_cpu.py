@@ -40,8 +40,9 @@ CONTEXTS = (32, 512, 1536)
 MIXED = ((1, 256, 63, 0), (4, 256, 60, 0), (8, 512, 24, 256), (2, 512, 126, 512), (16, 256, 112, 256),
          (32, 256, 96, 0), (8, 256, 248, 0), (16, 32, 240, 0), (4, 1024, 252, 256), (8, 256, 504, 0),
          (32, 512, 480, 256))  # fmt: skip
-PASSES = 2  # over all steps, in another order each time: other load on the machine comes and goes
-MOST = 40  # repetitions of a step in one pass
+PASSES = 4  # over all steps, in another order each time: other load on the machine comes and goes
+MOST = 20  # repetitions of a step in one pass
+TURNS = 3  # of the planner and the executor alone, one after the other: the machine's pace changes
 BESIDE_PROMPTS = (64, 512)
 BESIDE_BATCHES = (1, 8, 16)
 BESIDE_CONTEXT = 256
@@ -149,7 +150,8 @@ class Bench:
 
     def _run(self, steps: dict[Lane, Step], seconds: float, least: int) -> dict[Lane, list[float]]:
         """Keep every lane busy for so long, and until each has `least` repetitions to show. The first one
-        warms up and does not count unless it is the only one."""
+        warms up and does not count unless it is the only one; nor do those of two lanes that end when one
+        of them has stopped."""
         make = {lane: self.prepare(step) for lane, step in steps.items()}
         begin = time.monotonic()
         last = dict.fromkeys(steps, begin)
@@ -165,7 +167,7 @@ class Bench:
                 in_flight -= 1
                 _check(result)
                 now = time.monotonic()
-                if going or not found[result.lane]:
+                if going or len(steps) == 1 or not found[result.lane]:
                     found[result.lane].append(now - last[result.lane])
                 last[result.lane] = now
                 fewest = min(map(len, found.values()))
@@ -274,10 +276,25 @@ class _Pace:
             self.times.append(event.now)
 
 
-def measure_engine(
+def measure_host(
+    engine: Engine, pace: _Pace, bench: Bench, sequences: int, seconds: float
+) -> tuple[int, float]:
+    """(sequences, seconds that the planner adds to a step of so many): the difference of medians of decode
+    steps under the planner and of the same steps straight on the executor, taken in turn, the median of
+    `TURNS`. May come out below 0."""
+    each = seconds / (2 * TURNS)
+    added = []
+    for _ in range(TURNS):
+        taken, context = _under_planner(engine, pace, sequences, each, bench.vocabulary)
+        own = bench.time(decode_step(sequences, context), engine.executor.device.units, each, least=3)
+        added.append(taken - statistics.median(own))
+    return sequences, statistics.median(added)
+
+
+def _under_planner(
     engine: Engine, pace: _Pace, sequences: int, seconds: float, vocabulary: int
-) -> tuple[float, Work]:
-    """(mean seconds, mean work) of decode steps under the planner, `sequences` at a time."""
+) -> tuple[float, int]:
+    """(median seconds, mean context of a sequence) of decode steps, `sequences` at a time."""
     length = engine.max_length // 2
     generator = random.Random(sequences)
     names = [f"{sequences}-{index}" for index in range(sequences)]
@@ -291,18 +308,18 @@ def measure_engine(
     begin = sum(request.computed for request in engine.live.decoding)
     until = engine.clock.now() + seconds
     while len(engine.live.decoding) == sequences:
-        if len(pace.times) > 1 and engine.clock.now() >= until:
+        if len(pace.times) > 3 and engine.clock.now() >= until:
             break
         engine.step()
     end = sum(request.computed for request in engine.live.decoding)
-    taken = (pace.times[-1] - pace.times[0]) / max(len(pace.times) - 1, 1)
     for name in names:
         engine.abort(name)
     while not engine.idle:
         engine.step()
-    return taken, Work.decode(sequences, max((begin + end) // 2, sequences))
+    gaps = [later - earlier for earlier, later in itertools.pairwise(pace.times)]
+    return statistics.median(gaps), max(begin + end, 2 * sequences) // (2 * sequences)
 
 
 def new_pace() -> _Pace:
-    """The observer that `measure_engine` needs on its engine."""
+    """The observer that `measure_host` needs on its engine."""
     return _Pace()

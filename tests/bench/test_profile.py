@@ -6,10 +6,12 @@ import copy
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from semipd.bench import profile_cpu
 from semipd.bench.profile import (
     Measured,
     ProfileOptions,
@@ -230,6 +232,19 @@ def test_host_seconds_are_never_negative() -> None:
     assert min(host_seconds([(1, -3e-4), (8, -1e-4)])) == 0.0
 
 
+def test_host_seconds_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slows down by a fifth from one measurement to the next is no host time."""
+    pace = iter([1.0, 1.0, 1.2, 1.2, 1.44, 1.44])
+
+    def under_planner(*_: Any) -> tuple[float, int]:
+        return next(pace) * 0.04 + 1e-3, 100
+
+    bench = SimpleNamespace(vocabulary=10, time=lambda *_, **__: [next(pace) * 0.04] * 3)
+    engine = SimpleNamespace(executor=SimpleNamespace(device=SimpleNamespace(units=2)))
+    monkeypatch.setattr(profile_cpu, "_under_planner", under_planner)
+    assert profile_cpu.measure_host(engine, None, bench, 8, 1.0) == (8, pytest.approx(1e-3))  # type: ignore[arg-type]
+
+
 def test_targets_choose_auto_on_a_cpu(tmp_path: Path) -> None:
     spec = load_spec(make_checkpoint(tmp_path / "model", "llama"))
     device = cpu_device(2)
@@ -258,7 +273,7 @@ def test_rounds_of_a_profile_are_fitted_together(tmp_path: Path) -> None:
     def round_of(pace: float) -> Measured:
         timings = [Timing(work, pace * 1e-3 * work.tokens) for work in works]
         slow = [Slowdown(1, 1, 2.0 * pace, pace, 1.0 + pace)]
-        return Measured(resolved, {1: timings}, slow, [(1.0, works[0])], 0.0)
+        return Measured(resolved, {1: timings}, slow, [(1, 0.0)], 0.0)
 
     alone, slower, both = (
         describe(rounds) for rounds in ([round_of(1.0)], [round_of(4.0)], [*map(round_of, (1.0, 4.0))])
