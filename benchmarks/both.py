@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import stolen_seconds
+from benchmarks.machine import Stolen
 from benchmarks.shapes import SHAPES, write_shape
 from semipd.bench.profile import ProfileOptions, profile, write_device
 from semipd.bench.simulate import Summary
@@ -112,8 +112,7 @@ def poisson(
 def run_real(
     machine: Machine, settings: Mapping[str, Any], arrivals: Sequence[Arrival], targets: Targets
 ) -> dict[str, Any]:
-    """The arrivals in real time on a fresh engine. stolen: cores that the host of a virtual machine took
-    meanwhile, in the mean; above a few hundredths, the figures are the host's."""
+    """The arrivals in real time on a fresh engine. stolen: cores that the host took meanwhile."""
     config = {
         "model": str(machine.folder),
         "device": "cpu",
@@ -131,10 +130,9 @@ def run_real(
         _warm_up(engine, vocabulary)
         for attribute, value in vars(Summary({"default": targets})).items():
             setattr(summary, attribute, value)
-        begin, stolen = time.monotonic(), stolen_seconds()
+        stolen = Stolen()
         _feed(engine, arrivals, vocabulary)
-        stolen = (stolen_seconds() - stolen) / (time.monotonic() - begin)
-        return {**summary.data(), "stolen": round(stolen, 3)}
+        return {**summary.data(), "stolen": stolen.cores}
     finally:
         engine.executor.close()
 

@@ -46,7 +46,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import deliver, describe, stolen_seconds
+from benchmarks.machine import STOLEN, Stolen, deliver, describe
 from benchmarks.peers.engines import NAMES, PEERS, Engines
 from benchmarks.peers.servers import start_figures
 from benchmarks.peers.tasks import (
@@ -65,7 +65,7 @@ SHAPE, SMALL_SHAPE = "0.5b", "12m"
 IDLE_SECONDS = 2.0
 SETTLE_SECONDS = 0.5  # vLLM spins for up to 0.2 s after an answer, on the cores of whoever is next
 SMALL_SECONDS = 120.0
-STOLEN, TRIES = 0.03, 4  # a figure is taken again when the host took more of a core than that meanwhile
+TRIES = 4  # of a figure, while the host takes too much
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Results:
 
     def add(self, engine: str, name: str, value: float, stolen: float = 0.0) -> None:
         self.rounds.setdefault(engine, {}).setdefault(name, []).append(value)
-        self.stolen.setdefault(engine, {}).setdefault(name, []).append(round(stolen, 3))
+        self.stolen.setdefault(engine, {}).setdefault(name, []).append(stolen)
 
     def medians(self) -> dict[str, dict[str, float]]:
         return {
@@ -139,14 +139,14 @@ class Session:
             try:
                 if task.repeat and "llama" not in name and "transformers" not in name:
                     worker.ask(prompts, [1] * len(prompts), self.limit(self.options.seconds))
-                begin, stolen = time.monotonic(), stolen_seconds()
+                stolen = Stolen()
                 steps = worker.ask(prompts, task.new, self.limit(self.options.seconds))
             except PeerFailed as error:
                 self.leave_out(name, shape, task.name, error)
                 worker.end()
                 del self.workers[name]
                 return
-            share = (stolen_seconds() - stolen) / (time.monotonic() - begin)
+            share = stolen.cores
             if share <= STOLEN:
                 break
         if number >= 0 and not math.isnan(value := task.figure(steps)):
