@@ -46,7 +46,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import STOLEN, Stolen, deliver, describe
+from benchmarks.machine import Stolen, deliver, describe
 from benchmarks.peers.engines import NAMES, PEERS, Engines
 from benchmarks.peers.servers import start_figures
 from benchmarks.peers.tasks import (
@@ -65,7 +65,7 @@ SHAPE, SMALL_SHAPE = "0.5b", "12m"
 IDLE_SECONDS = 2.0
 SETTLE_SECONDS = 0.5  # vLLM spins for up to 0.2 s after an answer, on the cores of whoever is next
 SMALL_SECONDS = 120.0
-TRIES = 4  # of a figure, while the host takes too much
+STOLEN, TRIES = 0.03, 4  # a figure is taken again when the host took more of a core than that meanwhile
 
 
 @dataclass

@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-STOLEN = 0.03  # cores that the host took; with more, a figure is better taken again
-
 
 def describe() -> dict[str, Any]:
     """CPU, cores, versions and the date. No host name."""
