@@ -29,7 +29,7 @@ from semipd.core.policies import Limits
 from semipd.core.ports import CostModel, KVManager
 from semipd.core.price import KEPT, Price
 from semipd.core.types import Device, Event, Finished, Lane, Launched, Plan, Slice, Split, Stepped, Work
-from semipd.core.urgency import MARGIN, Streams, Urgency, miss
+from semipd.core.urgency import MARGIN, Streams, Urgency, late, miss
 
 LASTING = 60.0  # seconds; no busy period is taken to be longer
 OVERLOAD = 5.0  # power of load over rate by which a busy period grows when there is no end to it
@@ -165,11 +165,11 @@ class Auto:
         return best
 
     def _scores(self, table: list[Way], queue: Queue, streams: Streams) -> list[float]:
-        """Of every way. Prompts that arrive before the present ones are done wait as well, may be late
-        (Kingman), and lengthen the busy period as in an M/G/1 queue: work / (rate - load). Later ones come
-        as well, so that decode goes on at a mean pace: prompts are there for load / rate of the time. Those
-        who come will have their tokens at that pace, too. Runs at every plan: `min` and `max` of two
-        numbers would take as long as the rest."""
+        """Of every way. Prompts that arrive before the present ones are done wait as well, may be late, and
+        lengthen the busy period as in an M/G/1 queue: work / (rate - load). Later ones come too, so that
+        decode goes on at a mean pace: prompts are there for load / rate of the time. Those who come will
+        have their tokens at that pace, too. Runs at every plan: `min` and `max` of two numbers would take
+        as long as the rest."""
         prompts, work, backlog, bearable, arrivals, load, kinds, ahead = queue
         groups, size, tokens, shortest, longest, pace = streams
         alone = table[-1].step  # a decode step without prompts
@@ -192,10 +192,9 @@ class Auto:
             busy = min(wait + backlog / spare, LASTING)
             found = arrivals * busy  # arrive meanwhile
             total = len(prompts) * wait + work * slowness + found * (0.5 * wait + ahead * slowness)
-            for part, before, scale, delay in kinds:
-                full = share * before
-                left = (due - wait - delay * slowness) * kept / scale
-                misses += found * part * (math.exp(-(1.0 - full) * left) if left > 0.0 else 1.0)
+            for part, before, scale, delay, own in kinds:
+                chance = late((due - wait - delay * slowness) * kept / scale, load * before / kept)
+                misses += found * part * min(chance / own, 1.0)
             rest = 1.0 / (share / step + (1.0 - share) / alone)
             if rest > slow:
                 misses += found * miss(rest, self._tpot)

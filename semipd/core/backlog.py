@@ -27,12 +27,14 @@ class Prompt(NamedTuple):
 class Kind(NamedTuple):
     """Prompts to come. part: of all of them. load: part of the work to come that is theirs or before it.
     delay: seconds until all that is here and goes before them is done. scale: seconds in which the chance
-    to have no first token by then falls to 1/e, without any load. On the whole device."""
+    to have no first token by then falls to 1/e, without any load. own: part of the work counted in `load`
+    that is theirs; of what cannot be done in time, theirs is given up. On the whole device."""
 
     part: float
     load: float
     scale: float
     delay: float
+    own: float
 
 
 class Queue(NamedTuple):
@@ -108,13 +110,13 @@ class Backlog:
         if not come.rate:
             return []
         mean, part = self._work.load / come.rate, come.long_part
-        everyone = Kind(1.0, 1.0, mean / come.calm, 0.5 * most)
+        everyone = Kind(1.0, 1.0, mean / come.calm, 0.5 * most, 1.0)
         if not by_length or not 0.0 < part < 1.0:
             return [everyone]
         short = mean * (1.0 - come.long_load) / (1.0 - part)
-        kinds = [everyone._replace(part=part)]
+        kinds = [everyone._replace(part=part, own=come.long_load)]
         if (delay := first + self._work.step) < self.soon:  # else they are late in any case
-            kinds.append(Kind(1.0 - part, 1.0 - come.long_load, short / come.calm, delay))
+            kinds.append(Kind(1.0 - part, 1.0 - come.long_load, short / come.calm, delay, 1.0))
         return kinds
 
     def _ahead(self, first: float, most: float, by_length: bool) -> float:

@@ -1,7 +1,9 @@
-"""How urgent the decoding requests are, in few groups: how far they have to go, and in what time."""
+"""How urgent the decoding requests are, in few groups: how far they have to go, and in what time; and the
+chances to miss a target."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import islice
 from typing import NamedTuple
@@ -21,6 +23,20 @@ PRIOR = (256,) * 16  # lengths of outputs to begin with
 def miss(seconds: float, limit: float) -> float:
     """Chance that what is predicted to take `seconds` misses `limit`: a ramp; 0 when it is lost already."""
     return min(max((seconds / limit - 1.0) / (2.0 * MARGIN) + 0.5, 0.0), 1.0) if limit > 0.0 else 0.0
+
+
+def late(left: float, load: float) -> float:
+    """Chance not to be done within `left`, in mean times of service, in an M/M/1 queue of this load that
+    gives up what would not be: the work that a finite dam loses. Under too much load it is what there is
+    too much of, (load - 1) / load. In a queue that gives up nothing all would be late then, whatever was
+    chosen."""
+    if left <= 0.0:
+        return 1.0
+    free = 1.0 - load
+    if -1e-3 < free < 1e-3:
+        return 1.0 / (1.0 + left)
+    later = math.exp(min(-free * left, 50.0))
+    return free * later / (1.0 - load * later)
 
 
 class Group(NamedTuple):

@@ -25,7 +25,7 @@ from semipd.core.policies import Limits
 from semipd.core.ports import CostModel
 from semipd.core.price import MOST
 from semipd.core.types import Device, Event, Lane, Launched, Request, Sampling, Stepped, Switched, Work
-from semipd.core.urgency import Group, Streams, miss
+from semipd.core.urgency import Group, Streams, late, miss
 from semipd.execute.sim import FixedCost, SimExecutor, VirtualClock
 
 UNITS = 16
@@ -264,19 +264,40 @@ def scores(*ways: Way, streams: Streams, kinds: Sequence[Kind] = (), load: float
     return auto._scores(list(ways), queue, streams)
 
 
-def test_the_chance_that_a_later_prompt_is_late() -> None:
-    """Monte-Carlo of an M/M/1 queue: exponential work, Poisson arrivals, first in first out."""
-    rng, rate = Random(7), 0.9
-    waited, late, count = 0.0, 0, 60_000
+def lost(left: float, load: float) -> float:
+    """Monte-Carlo of an M/M/1 queue, first in first out: who would not be done in time leaves then."""
+    rng, waited, count = Random(7), 0.0, 100_000
+    found = 0
     for _ in range(count):
-        there = waited + rng.expovariate(10.0) / rate
-        late += there > 0.5 - 0.2 / rate
-        waited = max(there - rng.expovariate(6.0), 0.0)
-    way, nobody = Way(8, 8, 0, rate, 0.01), Streams([], 0, 0.0, math.inf, 0.0, 1.0)
-    (pressed,) = scores(way, streams=nobody, kinds=[Kind(1.0, 1.0, 0.1, 0.2)])
+        there = waited + rng.expovariate(1.0)
+        found += there > left
+        waited = max(min(there, left) - rng.expovariate(load), 0.0)
+    return found / count
+
+
+@pytest.mark.parametrize("load", [0.3, 0.8, 1.0, 1.3])
+def test_the_chance_to_be_late(load: float) -> None:
+    assert late(0.0, load) == late(-1.0, load) == 1.0
+    assert late(5.0, load) == pytest.approx(lost(5.0, load), rel=0.1, abs=1e-3)
+    assert late(2000.0, load) == pytest.approx(max(1.0 - 1.0 / load, 0.0), abs=1e-3)
+
+
+@given(st.floats(1e-3, 100.0), st.floats(0.0, 3.0))
+def test_more_time_and_less_load_make_nobody_later(left: float, load: float) -> None:
+    chance = late(left, load)
+    assert 0.0 <= chance <= 1.0 and late(1.1 * left, load) <= chance * (1 + 1e-3)
+    assert late(left, load + 0.01) >= chance * (1 - 1e-3)
+
+
+@pytest.mark.parametrize("own", [1.0, 0.25])
+def test_later_prompts_may_be_late(own: float) -> None:
+    """own: part of the work that is theirs: where less is, more of them are given up for the rest."""
+    way, nobody = Way(8, 8, 0, 0.9, 0.01), Streams([], 0, 0.0, math.inf, 0.0, 1.0)
+    (pressed,) = scores(way, streams=nobody, kinds=[Kind(0.5, 1.0, 0.1, 0.2, own)])
     (calm,) = scores(way, streams=nobody)
-    come = 6.0 * 0.2 / (rate - 0.6)
-    assert (pressed - calm) / MOST == pytest.approx(come * late / count, rel=0.1)
+    come = 6.0 * 0.2 / (0.9 - 0.6)
+    chance = late((0.5 - 0.2 / 0.9) * 0.9 / 0.1, 0.6 / 0.9)
+    assert (pressed - calm) / MOST == pytest.approx(come * 0.5 * chance / own)
 
 
 def test_who_comes_has_a_target_for_his_tokens_too() -> None:
