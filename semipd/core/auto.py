@@ -32,7 +32,7 @@ from semipd.core.types import Device, Event, Finished, Lane, Launched, Plan, Sli
 from semipd.core.urgency import MARGIN, Streams, Urgency, late, miss
 
 LASTING = 60.0  # seconds; no busy period is taken to be longer
-OVERLOAD = 5.0  # power of load over rate by which a busy period grows when there is no end to it
+OVERLOAD = 2.0  # power of load over rate by which a busy period grows when there is no end to it
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 APART = 1.25  # units of decode in a split, at least, over those in the one before it
 DECODES, CONTEXT, PROMPTS = 4.0, 2.0, 2.0  # levels to an octave: of sequences, their context, prefill steps
