@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from semipd.core.backlog import Backlog, Queue
+from semipd.core.backlog import LASTING, Backlog, Queue
 from semipd.core.batching import decode_slices, next_prefill, prefill_slices
 from semipd.core.correction import Correction
 from semipd.core.live import Live
@@ -31,7 +31,6 @@ from semipd.core.price import KEPT, Price
 from semipd.core.types import Device, Event, Finished, Lane, Launched, Plan, Slice, Split, Stepped, Work
 from semipd.core.urgency import MARGIN, Streams, Urgency, late, miss
 
-LASTING = 60.0  # seconds; no busy period is taken to be longer
 OVERLOAD = 2.0  # power of load over rate by which a busy period grows when there is no end to it
 STICK = 0.02  # a way must be this much better, in parts, than the present one
 APART = 1.25  # units of decode in a split, at least, over those in the one before it
@@ -135,9 +134,10 @@ class Auto:
                     live, kv[Lane.DECODE], Lane.DECODE, way.chunk, limits.admission, order=order
                 )
         if way.prefill and Lane.PREFILL in idle and not live.busy(Lane.PREFILL):
-            slices[Lane.PREFILL] = prefill_slices(
+            prompts = prefill_slices(
                 live, kv[Lane.PREFILL], Lane.PREFILL, limits.prefill_tokens, limits.admission, order=order
             )
+            slices[Lane.PREFILL] = self._backlog.first_part(prompts, live, way.rate)
         if not any(slices.values()) and live.decoding and not live.in_flight:
             # Decode was to be held for prompts that cannot enter yet.
             slices[Lane.DECODE] = decode_slices(live, kv[Lane.DECODE], limits.batch)

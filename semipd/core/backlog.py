@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 from semipd.core.live import Live
 from semipd.core.order import Order, PromptWork
 from semipd.core.partition import Targets
-from semipd.core.types import Lane
+from semipd.core.types import Lane, Slice
 from semipd.core.urgency import MARGIN
 
 FORESEEN = 24  # prompts looked at one by one
+LASTING = 60.0  # seconds; no busy period is taken to be longer
+SPARE = 0.02  # of the device that is left for a backlog, at least
 
 
 class Prompt(NamedTuple):
@@ -101,6 +104,30 @@ class Backlog:
         if len(queue) > FORESEEN:
             found.append(Prompt((before + seconds) * len(queue) / FORESEEN, math.inf, math.inf))
         return found
+
+    def first_part(self, slices: list[Slice], live: Live, rate: float) -> list[Slice]:
+        """Of the prompts that could share the next step, those that should, when prompts are worked off at
+        `rate`; the others have the one after it.
+
+        In one step all end together, and it takes less time than two. In two the first ones end sooner, and
+        the others, those behind them and those who come before all are done wait for what two take more.
+        The step is cut where the sum of these times is least."""
+        if len(slices) < 2:
+            return slices
+        work, ends = self._work, list(accumulate([piece.count for piece in slices]))
+        tokens, whole = ends[-1], work.together(ends[-1])
+        queue = [*live.prefilling, *live.waiting]
+        left = sum([request.known - request.planned for request in queue])
+        busy = whole * left / tokens / max(rate - work.load, SPARE)
+        concerned = len(queue) + work.arrivals.rate * min(busy, LASTING)
+        best, least, ended = len(slices), concerned * whole, 0
+        for index in range(len(slices) - 1):
+            ended += slices[index].sample
+            first, second = work.together(ends[index]), work.together(tokens - ends[index])
+            cost = concerned * first + (concerned - ended) * second
+            if cost < least:
+                best, least = index + 1, cost
+        return slices[:best]
 
     def _kinds(self, first: float, most: float, by_length: bool) -> list[Kind]:
         """first, most: seconds of work until one of the prompts that are here has its first token, and

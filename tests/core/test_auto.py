@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.core.admission import Aggressive
-from semipd.core.auto import LASTING, Auto, Way
-from semipd.core.backlog import Kind, Prompt, Queue
+from semipd.core.auto import Auto, Way
+from semipd.core.backlog import LASTING, Kind, Prompt, Queue
 from semipd.core.deadline import ByDeadline
 from semipd.core.engine import Engine
 from semipd.core.kv import BlockPool

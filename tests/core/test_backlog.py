@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from semipd.core.backlog import NOTHING, Backlog
 from semipd.core.live import Live
@@ -78,3 +80,52 @@ def test_long_prompts_to_come_wait_for_all_and_short_ones_for_short_ones() -> No
     assert short.delay == pytest.approx(0.1) and long.delay == 1.5
     (everyone,) = backlog._kinds(0.1, 3.0, by_length=False)
     assert everyone.part == everyone.load == 1.0 and everyone.scale == pytest.approx(long.scale)
+
+
+def first_part(lengths: list[int], behind: int = 0, partial: bool = False) -> int:
+    """How many of the prompts of these lengths go first, on the whole device, while `behind` more of one
+    token wait and nobody comes. partial: the last one does not end within the step."""
+    live, work = Live(1000, frozenset(Lane)), PromptWork(MODEL, UNITS)
+    backlog = Backlog({"default": Targets(1.0, 1.0)}, work, 2048)
+    for index, tokens in enumerate([*lengths, *[1] * behind]):
+        live.waiting.append(Request(str(index), range(tokens), 2, Sampling(), arrival=0.0))
+    last = len(lengths) - 1
+    slices = [Slice(n, 0, tokens, n < last or not partial) for n, tokens in enumerate(lengths)]
+    found = backlog.first_part(slices, live, 1.0)
+    assert found == slices[: len(found)]
+    return len(found)
+
+
+def test_a_short_prompt_does_not_wait_for_the_long_one_that_could_share_its_step() -> None:
+    """Apart, the short one ends 100 ms sooner, and the long one and all behind it 1 ms later."""
+    assert first_part([96, 1008]) == 1
+    assert first_part([96, 1008], behind=98) == 1
+    assert first_part([96, 1008], behind=101) == 2
+
+
+def test_those_who_come_meanwhile_count_too() -> None:
+    """Twenty a second come; the device is busy for half a second with what is here."""
+    live, work = Live(64, frozenset(Lane)), PromptWork(MODEL, UNITS)
+    backlog = Backlog({"default": Targets(1.0, 1.0)}, work, 2048)
+    work.arrivals.rate, work.arrivals.load = 20.0, 0.8
+    pieces = [Slice(0, 0, 20, True), Slice(1, 0, 980, True)]
+    for index, piece in enumerate(pieces):
+        live.waiting.append(Request(str(index), range(piece.count), 2, Sampling(), arrival=0.0))
+    apart, together = (backlog.first_part(pieces, live, rate) for rate in (1.0, 0.8))
+    assert (len(apart), len(together)) == (1, 2)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=8), st.integers(0, 300), st.booleans())
+def test_the_step_is_cut_where_least_is_waited(lengths: list[int], behind: int, partial: bool) -> None:
+    def seconds(tokens: int) -> float:
+        return 1e-3 + 1e-4 * (tokens + -tokens % 16) if tokens else 0.0
+
+    def waited(cut: int) -> float:
+        first, second = seconds(sum(lengths[:cut])), seconds(sum(lengths[cut:]))
+        ended = cut - (partial and cut == len(lengths))
+        others = len(lengths) + behind - ended
+        return ended * first + others * (first + second)
+
+    cut = first_part(lengths, behind, partial)
+    assert 1 <= cut <= len(lengths)
+    assert waited(cut) <= min(map(waited, range(1, len(lengths) + 1))) + 1e-9
