@@ -28,7 +28,7 @@ def test_what_is_above_the_wanted_attainment_is_traded_for_latency() -> None:
     targets = {"max_num_seqs": 512, "ttft_slo": 0.3, "tpot_slo": 0.15}
     found = [
         simulate(scenario, PolicyConfig(split="auto", slo_attainment=share, **targets))
-        for share in (0.9, None, 0.99)
+        for share in (None, 0.95, 0.99)
     ]
     latency = [result["e2e_s"]["mean"] for result in found]
     kept = [result["attainment"] for result in found]
