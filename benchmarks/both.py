@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import Stolen
 from benchmarks.shapes import SHAPES, write_shape
 from semipd.bench.profile import ProfileOptions, profile, write_device
 from semipd.bench.simulate import Summary
@@ -112,7 +111,7 @@ def poisson(
 def run_real(
     machine: Machine, settings: Mapping[str, Any], arrivals: Sequence[Arrival], targets: Targets
 ) -> dict[str, Any]:
-    """The arrivals in real time on a fresh engine. stolen: cores that the host took meanwhile."""
+    """The arrivals in real time on a fresh engine."""
     config = {
         "model": str(machine.folder),
         "device": "cpu",
@@ -130,9 +129,8 @@ def run_real(
         _warm_up(engine, vocabulary)
         for attribute, value in vars(Summary({"default": targets})).items():
             setattr(summary, attribute, value)
-        stolen = Stolen()
         _feed(engine, arrivals, vocabulary)
-        return {**summary.data(), "stolen": stolen.cores}
+        return summary.data()
     finally:
         engine.executor.close()
 

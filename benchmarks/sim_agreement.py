@@ -17,16 +17,15 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.both import Machine, lengths, model_of, poisson, profiling, run_real, run_simulated
-from benchmarks.machine import Stolen, deliver, describe
+from benchmarks.machine import deliver, describe, undisturbed
 from semipd.bench.profile import Measured, measure, write_device
 from semipd.bench.profile import describe as describe_profiles
 from semipd.core.partition import Targets
@@ -44,10 +43,7 @@ FIGURES = {
     "ttft p99": ("ttft_s", "p99"),
     "tpot p99": ("tpot_s", "p99"),
 }
-TRIES, QUIET = 4, 0.01  # of what is measured, while the host takes more of a core than that
 GOALS = {"ttft mean": 0.15, "tpot mean": 0.15, "throughput": 0.15, "ttft p99": 0.25, "tpot p99": 0.25}
-
-Result = TypeVar("Result")
 
 
 def mixed_load(of: Machine, seconds: float, load: float, seed: int) -> list[Arrival]:
@@ -111,17 +107,6 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[st
             fits.append(json.loads(of.device.read_text())["fit"])
             before = after
     return rows, fits
-
-
-def undisturbed(measure: Callable[[], Result]) -> tuple[Result, float]:
-    """What it returns, and the cores that the host took meanwhile: of the last of `TRIES`, if it took too
-    much every time."""
-    for _ in range(TRIES):
-        stolen = Stolen()
-        result = measure()
-        if (cores := stolen.cores) <= QUIET:
-            break
-    return result, cores
 
 
 def _machine(shape: str, model: Path, profiles: list[Measured]) -> Machine:
