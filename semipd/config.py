@@ -123,7 +123,7 @@ class PolicyConfig:
     slo_attainment: float | None = _setting(
         None,
         "auto only: share of requests that should keep their targets; what is above it is traded for lower "
-        "latency (default 0.92)",
+        "latency (default 0.93)",
         "number",
         low=0.5,
         high=0.999,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from semipd.core.partition import Targets
 from semipd.core.types import Event, Finished, FinishReason
 
-KEPT = 0.92  # share of requests that should keep both targets, if nobody says: goodput asks for 0.9
+KEPT = 0.93  # share of requests that should keep both targets, if nobody says: goodput asks for 0.9
 RISE = 2.5  # by which the price rises with a request that does not
 LEAST, MOST = 1.0, 100.0
 

@@ -57,8 +57,9 @@ def test_it_is_high_where_too_many_are_missed(kept: float, low: float, high: flo
 
 def test_at_the_share_that_should_be_kept_it_stays_where_it_is() -> None:
     """The steps up and down cancel out."""
-    group = [finished(1.5, 0.05)] * 2 + [finished(0.5, 0.05)] * round(2 * KEPT / (1.0 - KEPT))
-    price = after([finished(0.5, 0.05)] * 40)
+    price, group = Price(TARGETS, 0.95), [finished(1.5, 0.05)] + [finished(0.5, 0.05)] * 19
+    for _ in range(40):
+        price(finished(0.5, 0.05))
     before = price.value
     for event in group:
         price(event)
