@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and its last JSON line."""
+"""What a benchmark ran on, what the host of that machine took from it, and its last JSON line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The prompts that are here and those to come: how much work, and in what time they should be done."""
+"""The prompts that are here and those to come: how much work, in what time it should be done, and which of
+them share the next step."""
 
 from __future__ import annotations
 
